@@ -1,0 +1,131 @@
+"""Fixtures shared by all tests: a tiny network, a four-image data set, the optional test data."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+cv2.setNumThreads(1)
+
+
+class TinyDataset(NamedTuple):
+    """Where the four images of `tiny_dataset` lie; `yaml` is what `--data` takes."""
+
+    root: Path
+    yaml: Path
+    images: Path
+    labels: Path
+    names: tuple[str, ...]
+    num_boxes: int
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what asks for a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture
+def tiny_spec() -> dict:
+    """A complete network of 28 small convolutions: every block kind, two levels, three classes.
+
+    Rows as a yaml file holds them (`"None"` is what yaml makes of an unquoted None).
+    """
+    return {
+        "nc": 3,
+        "depth_multiple": 1.0,
+        "width_multiple": 1.0,
+        "anchors": [[10, 13, 16, 30, 33, 23], [30, 61, 62, 45, 59, 60]],
+        "backbone": [
+            [-1, 1, "Conv", [8, 6, 2, 2]],  # 0: 1/2
+            [-1, 1, "Conv", [16, 3, 2]],  # 1: 1/4
+            [-1, 1, "C3", [16]],  # 2
+            [-1, 1, "Conv", [16, 3, 2]],  # 3: 1/8
+            [-1, 2, "C3", [16]],  # 4: two shortcuts in a row
+            [-1, 1, "Conv", [32, 3, 2]],  # 5: 1/16
+            [-1, 1, "SPPF", [32, 5]],  # 6
+        ],
+        "head": [
+            [-1, 1, "Conv", [16, 1, 1]],  # 7
+            [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],  # 8
+            [[-1, 4], 1, "Concat", [1]],  # 9
+            [-1, 1, "C3", [16, False]],  # 10: level of stride 8
+            [-1, 1, "Conv", [16, 3, 2]],  # 11
+            [[-1, 7], 1, "Concat", [1]],  # 12
+            [-1, 1, "C3", [32, False]],  # 13: level of stride 16
+            [[10, 13], 1, "Detect", ["nc", "anchors"]],  # 14
+        ],
+    }
+
+
+_TINY_NAMES = ("disc", "box", "bar")
+# file name, height, width, objects: class, centre x, centre y, width, height in pixels
+_TINY_IMAGES = (
+    ("a.jpg", 96, 128, ((0, 40, 40, 40, 40), (1, 96, 56, 36, 48))),
+    ("b.png", 128, 96, ((2, 48, 90, 60, 16),)),
+    ("c.jpg", 96, 96, ((0, 30, 60, 28, 28), (1, 64, 30, 30, 30), (2, 66, 78, 50, 14))),
+    ("d.jpg", 64, 96, ()),  # background only
+)
+_TINY_COLOURS_BGR = ((60, 60, 220), (80, 200, 80), (220, 120, 60))
+
+
+def _draw_tiny_image(height: int, width: int, objects: tuple) -> np.ndarray:
+    """Grey noise with a filled disc, box or bar per object, BGR."""
+    rng = np.random.default_rng(height * 1000 + width)
+    image = rng.integers(90, 130, (height, width, 3), dtype=np.uint8)
+    for cls, cx, cy, w, h in objects:
+        colour = _TINY_COLOURS_BGR[cls]
+        if cls == 0:
+            cv2.circle(image, (cx, cy), w // 2, colour, -1)
+        else:
+            corner, opposite = (cx - w // 2, cy - h // 2), (cx + w // 2, cy + h // 2)
+            cv2.rectangle(image, corner, opposite, colour, -1)
+    return image
+
+
+@pytest.fixture
+def tiny_dataset(tmp_path: Path) -> TinyDataset:
+    """Four images in YOLO layout, used as train and val: six boxes, one image without any."""
+    root = tmp_path / "tiny"
+    images, labels = root / "images" / "train", root / "labels" / "train"
+    images.mkdir(parents=True)
+    labels.mkdir(parents=True)
+    for name, height, width, objects in _TINY_IMAGES:
+        image = _draw_tiny_image(height, width, objects)
+        assert cv2.imwrite(str(images / name), image)
+        lines = [
+            f"{cls} {cx / width:.6f} {cy / height:.6f} {w / width:.6f} {h / height:.6f}"
+            for cls, cx, cy, w, h in objects
+        ]
+        (labels / name).with_suffix(".txt").write_text("\n".join(lines), encoding="utf-8")
+    yaml = root / "tiny.yaml"
+    yaml.write_text(
+        f"path: {root.as_posix()}\ntrain: images/train\nval: images/train\n"
+        f"nc: {len(_TINY_NAMES)}\nnames: [{', '.join(_TINY_NAMES)}]\n",
+        encoding="utf-8",
+    )
+    num_boxes = sum(len(objects) for *_, objects in _TINY_IMAGES)
+    return TinyDataset(root, yaml, images, labels, _TINY_NAMES, num_boxes)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Optional test data: facts, real photographs, public weights. Tests skip where it is absent.
+
+    `YOLOV5_SLIM_SHARED` names another folder than `../shared` beside the project.
+    """
+    folder = Path(os.environ.get("YOLOV5_SLIM_SHARED") or PROJECT_ROOT.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"no test data in {folder} (set YOLOV5_SLIM_SHARED to where it lies)")
+    return folder

@@ -1,0 +1,156 @@
+"""Imports point one way: scripts -> utils -> models -> torch (by AST, nothing is imported here)."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")} | {"train", "val", "prune", "detect", "export"}
+WITHOUT_SIBLINGS = {"utils/boxes.py", "utils/config.py", "utils/device.py", "utils/run_dir.py"}
+
+
+def _package_files(package: str) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py"))
+
+
+def _sources() -> list[str]:
+    """All our Python files: the scripts, the packages, data/scripts, tests."""
+    folders = ("models", "utils", "data", "benchmarks", "tests")
+    scripts = sorted(path.name for path in ROOT.glob("*.py"))
+    return scripts + [name for folder in folders for name in _package_files(folder)]
+
+
+def _imported(source: str) -> dict[str, int]:
+    """Absolute dotted names of the modules a file imports, with the line."""
+    tree = ast.parse((ROOT / source).read_text(encoding="utf-8"), filename=source)
+    package = source.removesuffix(".py").split("/")[:-1]
+    names: dict[str, int] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name: node.lineno for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names[module] = node.lineno
+            names |= {f"{module}.{alias.name}": node.lineno for alias in node.names}
+    return names
+
+
+def _offences(source: str, is_forbidden) -> list[str]:
+    return [
+        f"{source}:{line} imports {name}"
+        for name, line in _imported(source).items()
+        if is_forbidden(name)
+    ]
+
+
+def _top(name: str) -> str:
+    return name.split(".")[0]
+
+
+def test_the_walk_finds_the_project():
+    sources = _sources()
+    assert "utils/run_dir.py" in sources
+    assert "tests/test_imports.py" in sources
+
+
+@pytest.mark.parametrize("source", _package_files("models"))
+def test_models_know_neither_utils_nor_scripts(source):
+    assert _offences(source, lambda name: _top(name) in {"utils", *SCRIPTS}) == []
+
+
+@pytest.mark.parametrize("source", _package_files("utils"))
+def test_utils_know_no_script(source):
+    assert _offences(source, lambda name: _top(name) in SCRIPTS) == []
+
+
+@pytest.mark.parametrize("source", sorted(WITHOUT_SIBLINGS))
+def test_ground_floor_of_utils_has_no_siblings(source):
+    if not (ROOT / source).exists():
+        pytest.fail(f"{source} is missing")
+    assert _offences(source, lambda name: _top(name) in {"utils", "models"}) == []
+
+
+@pytest.mark.parametrize("source", sorted(path.name for path in ROOT.glob("*.py")))
+def test_scripts_do_not_know_each_other(source):
+    assert _offences(source, lambda name: _top(name) in SCRIPTS) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "owners"),
+    [
+        ("matplotlib", {"utils/plots.py"}),
+        ("thop", {"utils/profile.py"}),
+        ("seaborn", set()),
+        ("pandas", set()),
+        ("pkg_resources", set()),
+        ("ultralytics", set()),
+    ],
+)
+def test_some_packages_have_one_place_or_none(module, owners):
+    product = [source for source in _sources() if not source.startswith("tests/")]
+    offences = [
+        line
+        for source in product
+        if source not in owners
+        for line in _offences(source, lambda name: _top(name) == module)
+    ]
+    assert offences == []
+
+
+def test_config_does_not_need_torch():
+    assert _offences("utils/config.py", lambda name: _top(name) in {"torch", "torchvision"}) == []
+
+
+@pytest.mark.parametrize("source", _sources())
+def test_no_import_hides_in_a_function_to_dodge_a_cycle(source):
+    """Imports of our own modules stand at the top, where the direction can be read."""
+    tree = ast.parse((ROOT / source).read_text(encoding="utf-8"))
+    hidden = [
+        f"{source}:{inner.lineno}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.ImportFrom)
+        and _top(inner.module or "utils") in {"utils", "models"}
+    ]
+    assert hidden == []
+
+
+@pytest.mark.parametrize("source", _sources())
+def test_no_sys_path_edits(source):
+    tree = ast.parse((ROOT / source).read_text(encoding="utf-8"))
+    edits = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr == "path"
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "sys"
+    ]
+    assert edits == []
+
+
+def test_no_import_cycle():
+    graph = {
+        source.removesuffix(".py").removesuffix("/__init__").replace("/", "."): set(
+            _imported(source)
+        )
+        for source in _package_files("utils") + _package_files("models")
+    }
+    graph = {name: {other for other in seen if other in graph} for name, seen in graph.items()}
+    while leaves := [name for name, seen in graph.items() if not seen]:
+        graph = {name: seen - set(leaves) for name, seen in graph.items() if name not in leaves}
+    assert graph == {}, "these modules import each other in a circle"
+
+
+def test_nothing_generated_is_tracked():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    generated = (".pt", ".onnx", ".cache", ".pyc")
+    tracked = listed.stdout.splitlines()
+    assert [name for name in tracked if name.endswith(generated)] == []
+    assert [name for name in tracked if name.startswith(("runs/", "datasets/", ".venv/"))] == []
