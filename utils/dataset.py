@@ -1,0 +1,482 @@
+"""The data set that a network sees: loading, placing, augmenting, batching.
+
+`scan_split` (utils.scan) finds and checks the files; `DetectionDataset` turns one image and its
+labels into network input; `build_loader` batches them, in worker processes if asked. Every random
+draw depends on (seed, epoch, index) alone, so batches do not depend on the number of workers and
+any epoch can be repeated.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils.augment import (
+    Sample,
+    augment_colour_and_flip,
+    copy_paste,
+    draw_warp,
+    letterbox,
+    letterbox_sample,
+    mixup,
+    mosaic,
+    resize_long_side,
+    warp,
+)
+from utils.boxes import Letterbox
+from utils.config import Hyperparameters
+from utils.image_cache import build_image_cache
+from utils.image_files import read_image
+from utils.scan import ScanReport, Split, scan_split
+
+__all__ = [
+    "Batch",
+    "DetectionDataset",
+    "Loader",
+    "ScanReport",
+    "Split",
+    "build_loader",
+    "class_counts",
+    "image_weights_from_map",
+    "label_sizes_px",
+    "scan_split",
+]
+
+LOGGER = logging.getLogger(__name__)
+
+# (epoch, index) of an image; a third number tells apart repeats of an image within an epoch.
+Key = int | tuple[int, int] | tuple[int, int, int]
+ImageWeights = np.ndarray | Callable[[], np.ndarray | None]
+
+# First word of every seed, so that no two kinds of draws share a stream.
+_ORDER_STREAM, _SAMPLE_STREAM = 1, 2
+
+
+class Batch(NamedTuple):
+    """One batch as the loader yields it."""
+
+    images: Tensor  # uint8 RGB [B, 3, H, W]
+    targets: Tensor  # float32 [T, 6]: image index, class, cx, cy, w, h normalised
+    paths: list[str]
+    letterboxes: list[Letterbox]
+
+
+class Item(NamedTuple):
+    """One image as the data set yields it."""
+
+    image: Tensor  # uint8 RGB [3, H, W]
+    targets: Tensor  # float32 [n, 5]: class, cx, cy, w, h normalised
+    path: str
+    letterbox: Letterbox
+
+
+class DetectionDataset(Dataset[Item]):
+    """Images of a split as network input, addressed by index or (epoch, index).
+
+    With `hyp` the samples are augmented and their letterbox says nothing about the file; without,
+    the image is scaled so that its long side is `imgsz` and padded with grey.
+
+    Args:
+        split: from `scan_split`.
+        imgsz: network input side in pixels, a multiple of the stride.
+        hyp: augmentation strengths; None for evaluation.
+        rect: batches of images of like shape, padded to the smallest common shape instead of the
+            square. Augmentation then leaves mosaic out.
+        batch_size: of rectangular batches; must be that of the loader.
+        stride: rectangular shapes are multiples of this.
+        pad: added to rectangular shapes, in strides (0.5 for evaluation).
+        cache: `ram` or `disk` keeps decoded images.
+        seed: of all random draws, from 0.
+        workers: threads that fill the cache.
+
+    Raises:
+        ValueError: `imgsz` is no multiple of the stride, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        imgsz: int,
+        *,
+        hyp: Hyperparameters | None = None,
+        rect: bool = False,
+        batch_size: int = 16,
+        stride: int = 32,
+        pad: float = 0.0,
+        cache: Literal["ram", "disk"] | None = None,
+        seed: int = 0,
+        workers: int = 8,
+    ) -> None:
+        if imgsz < stride or imgsz % stride:
+            raise ValueError(f"imgsz {imgsz} is no multiple of the stride {stride}")
+        if seed < 0 or batch_size < 1:
+            raise ValueError(f"seed {seed} must be 0 or more, batch size {batch_size} 1 or more")
+        self.split, self.imgsz, self.hyp, self.seed = split, imgsz, hyp, seed
+        self.rect, self.batch_size = rect, batch_size
+        self._grey_images: set[int] = set()
+        self.input_shapes_hw = np.full((len(split), 2), imgsz, np.int64)
+        self.rect_batches: list[np.ndarray] = []
+        if rect:
+            order = np.argsort(split.shapes_hw[:, 0] / split.shapes_hw[:, 1], kind="stable")
+            self.rect_batches = [
+                order[start : start + batch_size] for start in range(0, len(order), batch_size)
+            ]
+            for members in self.rect_batches:
+                shape_hw = rect_shape_hw(split.shapes_hw[members], imgsz, stride, pad)
+                self.input_shapes_hw[members] = shape_hw
+        self._cache = None
+        if cache:
+            self._cache = build_image_cache(
+                cache, split.paths, self._resized_hw(), self._load, self._variant(), workers
+            )
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: Key) -> Item:
+        epoch, index, repeat = _full_key(key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        if self.hyp is None:
+            sample, placement = self._plain(index)
+        else:
+            rng = np.random.default_rng((_SAMPLE_STREAM, self.seed, epoch, index, repeat))
+            sample = self._augmented(index, self.hyp, rng)
+            placement = Letterbox(sample.hw, (1.0, 1.0), (0.0, 0.0))
+        image = np.ascontiguousarray(sample.image[..., ::-1].transpose(2, 0, 1))
+        targets = _normalised_targets(sample)
+        return Item(
+            torch.from_numpy(image), torch.from_numpy(targets), self.split.paths[index], placement
+        )
+
+    # ------------------------------------------------------------------------------ loading
+    def _resized_hw(self) -> np.ndarray:
+        hw = self.split.shapes_hw
+        return np.maximum(np.rint(hw * self.imgsz / hw.max(1, keepdims=True)), 1).astype(np.int64)
+
+    def _variant(self) -> str:
+        return f"{self.imgsz}-{'area' if self.hyp is None else 'linear'}"
+
+    def _load(self, index: int) -> np.ndarray:
+        """Decode and resize one image; long side = imgsz."""
+        path = self.split.paths[index]
+        try:
+            image = read_image(path)
+        except OSError as error:
+            if not os.path.exists(path):  # noqa: PTH110 (hot path)
+                raise
+            # Damage inside the pixels, which the scan cannot see, must not end a long run.
+            LOGGER.warning("used as an empty picture: %s", error)
+            self._grey_images.add(index)
+            return np.full((*self._resized_hw()[index], 3), 114, np.uint8)
+        return resize_long_side(image, self.imgsz, smooth=self.hyp is None)
+
+    def _sample(self, index: int) -> Sample:
+        """One image, long side = imgsz, with its objects in pixels."""
+        image = self._cache.get(index) if self._cache else None
+        image = self._load(index) if image is None else image
+        height, width = image.shape[:2]
+        rows = self.split.labels[index]
+        segments = self.split.segments[index]
+        if index in self._grey_images:
+            rows, segments = rows[:0], []
+        scale = np.array([width, height], np.float32)
+        centres, halves = rows[:, 1:3] * scale, rows[:, 3:5] * scale / 2
+        labels = np.concatenate([rows[:, :1], centres - halves, centres + halves], 1)
+        return Sample(image, labels, [points * scale for points in segments])
+
+    # --------------------------------------------------------------------- with and without dice
+    def _plain(self, index: int) -> tuple[Sample, Letterbox]:
+        sample = self._sample(index)
+        shape_hw = tuple(self.input_shapes_hw[index].tolist())
+        image, ratio_wh, pad_wh = letterbox(sample.image, shape_hw)
+        original_h, original_w = self.split.shapes_hw[index].tolist()
+        placement = Letterbox(
+            original_hw=(original_h, original_w),
+            ratio_wh=(
+                ratio_wh[0] * sample.hw[1] / original_w,
+                ratio_wh[1] * sample.hw[0] / original_h,
+            ),
+            pad_wh=(float(pad_wh[0]), float(pad_wh[1])),
+        )
+        labels = sample.labels.copy()
+        labels[:, 1:] = labels[:, 1:] * (ratio_wh * 2) + pad_wh * 2
+        return Sample(image, labels, []), placement
+
+    def _augmented(self, index: int, hyp: Hyperparameters, rng: np.random.Generator) -> Sample:
+        shape_hw = tuple(self.input_shapes_hw[index].tolist())
+        sample = self._composed(index, shape_hw, hyp, rng)
+        if rng.random() < hyp.mixup:
+            partner = int(rng.integers(len(self)))
+            sample = mixup(sample, self._composed(partner, shape_hw, hyp, rng), rng)
+        return augment_colour_and_flip(sample, hyp, rng)
+
+    def _composed(
+        self,
+        index: int,
+        shape_hw: tuple[int, int],
+        hyp: Hyperparameters,
+        rng: np.random.Generator,
+    ) -> Sample:
+        """One image or a mosaic of four, with pasted objects, warped to the input shape."""
+        if not self.rect and rng.random() < hyp.mosaic:
+            indices = [index, *rng.integers(len(self), size=3).tolist()]
+            rng.shuffle(indices)
+            canvas = mosaic([self._sample(i) for i in indices], self.imgsz, rng)
+        else:
+            canvas = letterbox_sample(self._sample(index), shape_hw)
+        canvas = copy_paste(canvas, hyp.copy_paste, rng)
+        return warp(canvas, draw_warp(canvas.hw, shape_hw, hyp, rng), shape_hw)
+
+
+def rect_shape_hw(shapes_hw: np.ndarray, imgsz: int, stride: int, pad: float) -> tuple[int, int]:
+    """Input shape for a batch of images [n, 2]: the long side `imgsz`, plus `pad` strides."""
+    aspects = shapes_hw[:, 0] / shapes_hw[:, 1]
+    shape = (1.0, 1.0)
+    if aspects.max() < 1:
+        shape = (float(aspects.max()), 1.0)
+    elif aspects.min() > 1:
+        shape = (1.0, float(1 / aspects.min()))
+    height, width = (math.ceil(side * imgsz / stride + pad) * stride for side in shape)
+    return height, width
+
+
+def _full_key(key: Key) -> tuple[int, int, int]:
+    if isinstance(key, tuple):
+        epoch, index, *repeat = key
+        return int(epoch), int(index), int(repeat[0]) if repeat else 0
+    return 0, int(key), 0
+
+
+def _normalised_targets(sample: Sample) -> np.ndarray:
+    """Labels in pixels -> float32 [n, 5]: class, cx, cy, w, h normalised and inside the image."""
+    height, width = sample.hw
+    x1, x2 = (sample.labels[:, column].clip(0, width) / width for column in (1, 3))
+    y1, y2 = (sample.labels[:, column].clip(0, height) / height for column in (2, 4))
+    columns = [sample.labels[:, 0], (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+    return np.stack(columns, 1).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------ loader
+def collate(items: Sequence[Item]) -> Batch:
+    """Stack items of one shape to a batch."""
+    targets = [
+        torch.cat([torch.full((len(item.targets), 1), float(position)), item.targets], 1)
+        for position, item in enumerate(items)
+    ]
+    return Batch(
+        images=torch.stack([item.image for item in items]),
+        targets=torch.cat(targets),
+        paths=[item.path for item in items],
+        letterboxes=[item.letterbox for item in items],
+    )
+
+
+class EpochBatchSampler(Sampler[list[Key]]):
+    """Batches of keys for one epoch, a function of (seed, epoch) alone.
+
+    Over several ranks, each global batch of `batch_size * world_size` images is dealt out in turn,
+    so that together the ranks see what one process with that batch size would. In training
+    (shuffled) a short last batch is filled up from the start, so that all ranks get as many.
+    """
+
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        image_weights: ImageWeights | None,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.dataset, self.batch_size, self.shuffle, self.seed = dataset, batch_size, shuffle, seed
+        self.image_weights, self.rank, self.world_size = image_weights, rank, world_size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        per_unit = 1 if self.dataset.rect else self.batch_size
+        total = len(self.dataset.rect_batches) if self.dataset.rect else len(self.dataset)
+        mine = len(range(self.rank, self._padded(total), self.world_size))
+        return math.ceil(mine / per_unit)
+
+    def _padded(self, total: int) -> int:
+        return math.ceil(total / self.world_size) * self.world_size if self.shuffle else total
+
+    def _deal(self, order: np.ndarray) -> np.ndarray:
+        padded = np.resize(order, self._padded(len(order)))
+        return padded[self.rank :: self.world_size]
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        rng = np.random.default_rng((_ORDER_STREAM, self.seed, self.epoch))
+        if self.dataset.rect:
+            order = np.arange(len(self.dataset.rect_batches))
+            order = self._deal(rng.permutation(order) if self.shuffle else order)
+            for number in order.tolist():
+                yield [(self.epoch, index) for index in self.dataset.rect_batches[number].tolist()]
+            return
+        keys = self._keys(rng)
+        mine = self._deal(np.arange(len(keys))).tolist()
+        for start in range(0, len(mine), self.batch_size):
+            yield [keys[position] for position in mine[start : start + self.batch_size]]
+
+    def _keys(self, rng: np.random.Generator) -> list[Key]:
+        """Keys of all ranks together, in order."""
+        num_images = len(self.dataset)
+        weights = self.image_weights() if callable(self.image_weights) else self.image_weights
+        if weights is None:
+            order = rng.permutation(num_images) if self.shuffle else np.arange(num_images)
+            return [(self.epoch, index) for index in order.tolist()]
+        probabilities = _probabilities(weights, num_images)
+        drawn = rng.choice(num_images, num_images, p=probabilities).tolist()
+        seen: dict[int, int] = {}
+        keys: list[Key] = []
+        for index in drawn:
+            seen[index] = seen.get(index, -1) + 1
+            keys.append((self.epoch, index, seen[index]))
+        return keys
+
+
+def _probabilities(weights: np.ndarray, num_images: int) -> np.ndarray:
+    weights = np.asarray(weights, np.float64)
+    is_valid = (
+        weights.shape == (num_images,) and np.isfinite(weights).all() and (weights >= 0).all()
+    )
+    if not is_valid:
+        raise ValueError(f"image weights must be {num_images} finite numbers from 0")
+    if not weights.sum():
+        return np.full(num_images, 1 / num_images)
+    return weights / weights.sum()
+
+
+class Loader(DataLoader[Item]):
+    """A loader that yields `Batch` and can be set to any epoch before it is iterated."""
+
+    batch_sampler: EpochBatchSampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose order and augmentation of the next iteration."""
+        self.batch_sampler.epoch = epoch
+
+    def set_image_weights(self, weights: ImageWeights | None) -> None:
+        """Draw images in proportion to weights [N] from the next iteration on."""
+        _check_weights_can_act(self.batch_sampler.dataset, weights)
+        self.batch_sampler.image_weights = weights
+
+
+def build_loader(
+    dataset: DetectionDataset,
+    batch_size: int,
+    *,
+    workers: int = 0,
+    shuffle: bool = False,
+    seed: int = 0,
+    image_weights: ImageWeights | None = None,
+    rank: int = -1,
+    world_size: int = 1,
+    pin_memory: bool | None = None,
+) -> Loader:
+    """Batch a data set.
+
+    Args:
+        dataset: what to load.
+        batch_size: images per batch of this rank. The last batch may be smaller.
+        workers: processes that load, 0 for none; never more than CPU cores or batches. They live
+            as long as the loader.
+        shuffle: random order, another one each epoch. Rectangular batches are shuffled as wholes.
+        seed: of the order.
+        image_weights: [N], from 0: draw images in proportion, with replacement. A function is
+            asked at the start of each epoch and may return None for an even draw.
+        rank: this process among `world_size`; -1 means there is only one.
+        world_size: number of processes.
+        pin_memory: page-locked batches; None means where CUDA is available.
+
+    Raises:
+        ValueError: the arguments do not fit together.
+    """
+    if batch_size < 1 or workers < 0 or seed < 0:
+        raise ValueError(f"batch size {batch_size}, workers {workers} or seed {seed} is too small")
+    if dataset.rect and batch_size != dataset.batch_size:
+        raise ValueError(
+            f"rectangular batches were made for batch size {dataset.batch_size}, not {batch_size}"
+        )
+    _check_weights_can_act(dataset, image_weights)
+    sampler = EpochBatchSampler(
+        dataset,
+        batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        image_weights=image_weights,
+        rank=max(rank, 0),
+        world_size=world_size,
+    )
+    workers = min(workers, _num_usable_cores(), len(sampler))
+    if pin_memory is None:
+        pin_memory = torch.cuda.is_available()
+    return Loader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        worker_init_fn=_start_worker,
+        # Forked workers share the images cached in memory instead of copying them.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
+
+
+def _check_weights_can_act(dataset: DetectionDataset, weights: ImageWeights | None) -> None:
+    if dataset.rect and weights is not None:
+        raise ValueError("rectangular batches have fixed members: image weights cannot act")
+
+
+def _num_usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _start_worker(_: int) -> None:
+    cv2.setNumThreads(0)  # the workers are the parallelism; more threads would only fight
+
+
+# -------------------------------------------------------------------------------------- statistics
+def class_counts(split: Split, num_classes: int) -> np.ndarray:
+    """Number of boxes per class, int64 [K]."""
+    return np.bincount(split.labels.flat[:, 0].astype(np.int64), minlength=num_classes)
+
+
+def label_sizes_px(split: Split, imgsz: int) -> np.ndarray:
+    """Width and height of all boxes on images scaled to a long side of `imgsz`, float64 [n, 2]."""
+    shapes_wh = split.shapes_hw[:, ::-1] * (imgsz / split.shapes_hw.max(1, keepdims=True))
+    return split.labels.flat[:, 3:5] * np.repeat(shapes_wh, np.diff(split.labels.offsets), axis=0)
+
+
+def image_weights_from_map(split: Split, map_per_class: np.ndarray) -> np.ndarray:
+    """Weights of images for --image-weights: rare and badly detected classes count more.
+
+    Args:
+        split: the training split.
+        map_per_class: AP [K] of the last evaluation, 0-1; zeros before the first.
+
+    Returns:
+        [N]: the sum over an image's boxes of (1 - AP)^2 / (number of boxes of the class).
+    """
+    map_per_class = np.asarray(map_per_class, np.float64)
+    counts = class_counts(split, len(map_per_class))
+    per_class = (1 - map_per_class) ** 2 / np.maximum(counts, 1)
+    per_box = per_class[split.labels.flat[:, 0].astype(np.int64)]
+    owners = np.repeat(np.arange(len(split)), np.diff(split.labels.offsets))
+    return np.bincount(owners, weights=per_box, minlength=len(split))

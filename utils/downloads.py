@@ -1,0 +1,485 @@
+"""Fetching named weights and data sets: resume, checksum, safe unpacking.
+
+Only the standard library is used. A file appears under its name when it is complete and checked,
+never before; until then it is `NAME.part`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO
+from urllib.parse import unquote, urlsplit
+
+from utils.config import DatasetSpec
+
+LOGGER = logging.getLogger(__name__)
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS_URL = "https://github.com/ultralytics/yolov5/releases/download/v7.0"
+WEIGHT_NAMES = tuple(f"yolov5{size}{suffix}.pt" for suffix in ("", "6") for size in "nsmlx")
+CHECKSUM_FILE = "SHA256SUMS"
+
+_CHUNK_BYTES = 1 << 20
+_LOG_EVERY_S = 10.0
+_USER_AGENT = "yolov5-slim"
+
+
+# ---------------------------------------------------------------------------------------- one file
+def download(
+    url: str,
+    path: str | Path,
+    sha256: str | None = None,
+    *,
+    attempts: int = 3,
+    timeout_s: float = 30.0,
+) -> Path:
+    """Fetch a file once.
+
+    Args:
+        url: http or https.
+        path: where it goes. A file that is there already is kept, after its checksum is checked.
+        sha256: hexadecimal checksum, if known.
+        attempts: how often a broken connection is taken up again, where it broke if the server
+            can do that and the file there is still the same.
+        timeout_s: longest silence of the server in seconds.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: the URL is not http or https.
+        OSError: no connection, an answer other than the file, a short or wrong file, a full disk;
+            in one line with URL, path and what to do.
+    """
+    path = Path(path)
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise ValueError(f"{url}: only http and https addresses are fetched")
+    if path.exists():
+        if sha256 and file_sha256(path) != sha256.lower():
+            raise OSError(f"{path}: sha256 is not {sha256}; delete the file to fetch it again")
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    LOGGER.info("downloading %s to %s", url, path)
+    part = path.with_name(f"{path.name}.part")
+    for attempt in range(1, attempts + 1):
+        try:
+            _fetch(url, part, timeout_s)
+            break
+        except _BrokenConnection as error:
+            if attempt == attempts:
+                raise OSError(f"{url}: {error}; run again to go on from there") from error
+            LOGGER.warning("%s: %s; trying again", url, error)
+    if sha256:
+        actual = file_sha256(part)
+        if actual != sha256.lower():
+            _forget(part)
+            raise OSError(f"{url}: sha256 is {actual}, expected {sha256}; the file was discarded")
+    part.replace(path)
+    _forget(part)
+    return path
+
+
+class _BrokenConnection(Exception):
+    """The transfer stopped in the middle; what came so far is kept."""
+
+
+def _validator_file(part: Path) -> Path:
+    return part.with_name(f"{part.name}.etag")
+
+
+def _forget(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _validator_file(part).unlink(missing_ok=True)
+
+
+def _fetch(url: str, part: Path, timeout_s: float) -> None:
+    """Add to `part` until the file is complete."""
+    headers = {"User-Agent": _USER_AGENT, "Accept-Encoding": "identity"}
+    have, validator = _resumable(part)
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": validator}
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            resumes = response.status == 206 and _starts_at(response, have)
+            have = have if resumes else 0
+            _remember_validator(part, response)
+            length = response.headers.get("Content-Length")
+            total = have + int(length) if length and length.isdigit() else None
+            _check_room(part, (total or 0) - have)
+            with part.open("ab" if resumes else "wb") as file:
+                received = have + _copy(response, file, have, total)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # the part is longer than the file: it belongs to another one
+            _forget(part)
+            raise _BrokenConnection("the server has another file now") from error
+        raise OSError(f"{url}: the server answers {error.code} {error.reason}") from error
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        TimeoutError,
+        ConnectionError,
+    ) as error:
+        reason = getattr(error, "reason", error)
+        if part.exists() and part.stat().st_size > have:
+            raise _BrokenConnection(f"the connection broke ({reason})") from error
+        goal = part.with_suffix("")
+        raise OSError(
+            f"cannot download {url} ({reason}); without internet, put the file at {goal}"
+        ) from error
+    if total is not None and received < total:
+        raise _BrokenConnection(f"the connection ended after {received} of {total} bytes")
+
+
+def _resumable(part: Path) -> tuple[int, str]:
+    """Bytes that are there already and what identifies their file; (0, "") to start anew."""
+    try:
+        validator = _validator_file(part).read_text(encoding="utf-8").strip()
+        size = part.stat().st_size
+    except (OSError, UnicodeDecodeError):
+        return 0, ""
+    return (size, validator) if validator else (0, "")
+
+
+def _starts_at(response: http.client.HTTPResponse, position: int) -> bool:
+    return response.headers.get("Content-Range", "").startswith(f"bytes {position}-")
+
+
+def _remember_validator(part: Path, response: http.client.HTTPResponse) -> None:
+    etag = response.headers.get("ETag", "")
+    validator = etag if etag and not etag.startswith("W/") else ""
+    validator = validator or response.headers.get("Last-Modified", "")
+    _validator_file(part).write_text(validator, encoding="utf-8")
+
+
+def _copy(source: IO[bytes], target: IO[bytes], have: int, total: int | None) -> int:
+    """Copy to the end, saying now and then how far; returns the number of bytes copied."""
+    copied, last_said = 0, time.monotonic()
+    while chunk := source.read(_CHUNK_BYTES):
+        target.write(chunk)
+        copied += len(chunk)
+        if time.monotonic() - last_said > _LOG_EVERY_S:
+            last_said = time.monotonic()
+            done = (have + copied) / 2**20
+            of_total = f" of {total / 2**20:.0f}" if total else ""
+            LOGGER.info("... %.0f%s MiB", done, of_total)
+    return copied
+
+
+def _check_room(path: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if num_bytes > free:
+        raise OSError(
+            f"{path.parent}: {num_bytes / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free"
+        )
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------- archives
+def unpack(archive: str | Path, folder: str | Path) -> Path:
+    """Unpack a zip or tar archive; all of it or nothing.
+
+    Every name is checked before the first byte is written: no absolute path, no `..`, no link, no
+    device can lead out of the folder.
+
+    Args:
+        archive: `.zip`, `.tar`, or a compressed `.tar`; told by content, not by name.
+        folder: made if it is not there. Files of the same name are replaced.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: not an archive, a damaged one, or one with a forbidden member (named).
+        OSError: the disk is full or cannot be written.
+    """
+    archive, folder = Path(archive), Path(folder)
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as opened:
+                _unpack_zip(opened, archive, folder)
+        elif tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as tar:
+                _unpack_tar(tar, archive, folder)
+        else:
+            raise ValueError(f"{archive}: neither a zip nor a tar archive")
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{archive}: a damaged archive: {error}") from error
+    return folder
+
+
+def _unpack_zip(opened: zipfile.ZipFile, archive: Path, folder: Path) -> None:
+    members = opened.infolist()
+    for member in members:
+        kind = member.external_attr >> 28  # upper bits of the Unix mode; 0 if made elsewhere
+        if kind not in (0, 0o04, 0o10):
+            raise ValueError(f"{archive}: member {member.filename!r} is a link or a device")
+    targets = _checked_targets([member.filename for member in members], archive, folder)
+    _check_size(sum(member.file_size for member in members), archive, folder)
+    for member, target in zip(members, targets, strict=True):
+        if member.is_dir():
+            target.mkdir(parents=True, exist_ok=True)
+        else:
+            with opened.open(member) as source:
+                _write_member(source, target)
+
+
+def _unpack_tar(tar: tarfile.TarFile, archive: Path, folder: Path) -> None:
+    members = tar.getmembers()
+    for member in members:
+        if not (member.isreg() or member.isdir()):
+            raise ValueError(f"{archive}: member {member.name!r} is a link or a device")
+    targets = _checked_targets([member.name for member in members], archive, folder)
+    _check_size(sum(member.size for member in members), archive, folder)
+    for member, target in zip(members, targets, strict=True):
+        if member.isdir():
+            target.mkdir(parents=True, exist_ok=True)
+        else:
+            source = tar.extractfile(member)
+            if source is not None:
+                _write_member(source, target)
+
+
+def _checked_targets(names: Iterable[str], archive: Path, folder: Path) -> list[Path]:
+    targets = []
+    for name in names:
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        is_absolute = name.startswith(("/", "\\")) or bool(PureWindowsPath(name).drive)
+        if is_absolute or ".." in parts or "\0" in name:
+            raise ValueError(f"{archive}: member {name!r} would be written outside of {folder}")
+        targets.append(folder.joinpath(*parts))
+    real = folder.resolve()
+    for parent in {target.parent for target in targets if target != folder}:
+        if not parent.resolve().is_relative_to(real):  # through a link that was there before
+            raise ValueError(f"{archive}: {parent} leads outside of {folder}")
+    return targets
+
+
+def _check_size(num_bytes: int, archive: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise OSError(
+            f"{archive}: unpacks to {num_bytes / 2**30:.1f} GiB, but {folder} has room for"
+            f" {free / 2**30:.1f} GiB"
+        )
+
+
+def _write_member(source: IO[bytes], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)  # a link that was there before must not be followed
+    with target.open("wb") as file:
+        shutil.copyfileobj(source, file, _CHUNK_BYTES)
+
+
+# --------------------------------------------------------------------------------------- data sets
+def ensure_dataset(
+    spec: DatasetSpec,
+    *,
+    splits: Sequence[str] = ("train", "val"),
+    allow_scripts: bool = False,
+    root: Path = PROJECT_ROOT,
+) -> None:
+    """Get a data set that is not there, if its yaml says how; otherwise do nothing.
+
+    A URL is fetched and unpacked into the folder of the data set. A command runs in the project
+    folder, and only if the yaml ships with the project (lies in `data/`) or the user allows it.
+
+    Args:
+        spec: from `load_dataset_spec`.
+        splits: what is needed.
+        allow_scripts: run commands of any yaml.
+        root: the project folder.
+
+    Raises:
+        PermissionError: a command is needed that may not run.
+        FileNotFoundError: there is no `download`, or afterwards the images are still not there.
+        OSError, ValueError: from `download` and `unpack`.
+        RuntimeError: the command failed.
+    """
+    splits = [split for split in splits if getattr(spec, split)]
+    if not spec.missing(splits):
+        return
+    if not spec.download:
+        spec.check_exists(splits)
+    elif urlsplit(spec.download).scheme in ("http", "https"):
+        _fetch_dataset(spec, splits)
+    else:
+        _run_download_command(spec, allow_scripts, root)
+    spec.check_exists(splits)
+
+
+def _fetch_dataset(spec: DatasetSpec, splits: Sequence[str]) -> None:
+    url = spec.download or ""
+    name = PurePosixPath(unquote(urlsplit(url).path)).name or "dataset"
+    LOGGER.info("%s: images are missing; fetching %s into %s", spec.source, url, spec.root)
+    spec.root.parent.mkdir(parents=True, exist_ok=True)
+    archive = download(url, spec.root.parent / name)
+    with tempfile.TemporaryDirectory(dir=spec.root.parent, prefix=".unpack-") as temporary:
+        unpack(archive, temporary)
+        content = _content_folder(Path(temporary), spec, splits)
+        _move_into(content, spec.root)
+    archive.unlink()
+
+
+def _content_folder(unpacked: Path, spec: DatasetSpec, splits: Sequence[str]) -> Path:
+    """The folder within an archive that takes the place of the data set's root.
+
+    Archives hold the content of that folder, or the folder itself, or it within some others.
+    """
+    wanted = [
+        path.relative_to(spec.root)
+        for path in spec.missing(splits)
+        if path.is_relative_to(spec.root)
+    ]
+    folder = unpacked
+    while True:
+        if wanted and all((folder / path).exists() for path in wanted):
+            return folder
+        children = [child for child in folder.iterdir() if not child.name.startswith((".", "__"))]
+        if len(children) != 1 or not children[0].is_dir():
+            names = ", ".join(sorted(child.name for child in children)[:8]) or "nothing"
+            raise FileNotFoundError(
+                f"{spec.source}: {', '.join(map(str, wanted))} is not in the archive, which"
+                f" holds {names}"
+            )
+        folder = children[0]
+
+
+def _move_into(source: Path, target: Path) -> None:
+    """Move the content of a folder into another, which may hold some of it already."""
+    target.mkdir(parents=True, exist_ok=True)
+    for child in list(source.iterdir()):
+        place = target / child.name
+        if child.is_dir() and place.is_dir():
+            _move_into(child, place)
+        else:
+            child.replace(place)
+
+
+def _run_download_command(spec: DatasetSpec, allow_scripts: bool, root: Path) -> None:
+    command = spec.download or ""
+    is_shipped = spec.source.resolve().parent == (root / "data").resolve()
+    if not (is_shipped or allow_scripts):
+        raise PermissionError(
+            f"{spec.source}: images are missing, and its download is the command {command!r}."
+            " It may do anything: run it yourself, or allow it with --allow-download-scripts"
+        )
+    words = shlex.split(command)
+    if words[0] in ("python", "python3"):
+        words[0] = sys.executable
+    LOGGER.info("%s: images are missing; running %s in %s", spec.source, command, root)
+    try:
+        subprocess.run(words, cwd=root, check=True)
+    except OSError as error:
+        raise RuntimeError(f"{spec.source}: cannot run {command!r}: {error.strerror}") from error
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(
+            f"{spec.source}: {command!r} failed with status {error.returncode}"
+        ) from error
+
+
+# ----------------------------------------------------------------------------------------- weights
+def find_weights(name: str | Path, root: Path = PROJECT_ROOT) -> Path:
+    """Find a weights file by path or name; fetch it if it is a publicly released one.
+
+    Looked up as typed, below `root`, and in `root/weights`. A released name (`yolov5s.pt`) that
+    is in none of these is fetched into `root/weights`.
+
+    Raises:
+        FileNotFoundError: lists what was tried and the names that can be fetched.
+        OSError: from `named_weights`.
+    """
+    typed = Path(name).expanduser()
+    tried = list(dict.fromkeys([typed, root / typed, root / "weights" / typed]))
+    for candidate in tried:
+        if candidate.is_file():
+            return candidate
+    if typed.name in WEIGHT_NAMES and str(typed.parent) in (".", "weights"):
+        return named_weights(typed.name, root / "weights")
+    raise FileNotFoundError(
+        f"{name}: no such file; tried {', '.join(map(str, tried))};"
+        f" names that can be fetched: {', '.join(WEIGHT_NAMES)}"
+    )
+
+
+def named_weights(name: str, folder: str | Path, base_url: str = WEIGHTS_URL) -> Path:
+    """Fetch publicly released YOLOv5 v7.0 weights into a folder, once.
+
+    The release publishes no checksums. So the first download is accepted if it has the length the
+    server announced and is an undamaged zip archive, as these files are; its SHA-256 is recorded
+    in the folder's `SHA256SUMS` (the format of `sha256sum -c`), and every later use, also a later
+    download of the same name, must match it.
+
+    Raises:
+        ValueError: not a released name.
+        OSError: no connection, a damaged file, or one that differs from the recorded checksum.
+    """
+    if name not in WEIGHT_NAMES:
+        raise ValueError(f"{name}: not a released name; known are {', '.join(WEIGHT_NAMES)}")
+    folder = Path(folder)
+    known = read_checksums(folder / CHECKSUM_FILE)
+    is_new = not (folder / name).exists()
+    path = download(f"{base_url}/{name}", folder / name, known.get(name))
+    if is_new and not _is_whole_zip(path):
+        path.unlink()
+        raise OSError(f"{base_url}/{name}: the answer is not a weights file; it was discarded")
+    if is_new and name not in known:
+        record_checksum(folder / CHECKSUM_FILE, name, file_sha256(path))
+    return path
+
+
+def _is_whole_zip(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError):
+        return False
+
+
+def read_checksums(path: str | Path) -> dict[str, str]:
+    """Name -> hexadecimal SHA-256 of a `SHA256SUMS` file; empty if there is none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    entries = (line.split(maxsplit=1) for line in lines if line.strip())
+    return {parts[1].lstrip("*"): parts[0].lower() for parts in entries if len(parts) == 2}
+
+
+def record_checksum(path: str | Path, name: str, sha256: str) -> None:
+    """Add or replace one line of a `SHA256SUMS` file."""
+    path = Path(path)
+    checksums = read_checksums(path) | {name: sha256}
+    lines = [f"{value}  {key}\n" for key, value in sorted(checksums.items())]
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()

@@ -1,0 +1,231 @@
+"""Decoded, resized images kept in memory or on disk (`--cache ram|disk`)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+LOGGER = logging.getLogger(__name__)
+
+MEMORY_SHARE = 0.8  # of the memory that is available now; the rest is for the training itself
+DISK_SHARE = 0.9
+
+
+class ImageCache(Protocol):
+    """What the data set asks for an image; None means: decode it yourself."""
+
+    def get(self, index: int) -> np.ndarray | None:
+        """The uint8 BGR image [H, W, 3] of this index."""
+        ...
+
+
+def build_image_cache(
+    kind: str,
+    paths: Sequence[str],
+    resized_hw: np.ndarray,
+    load: Callable[[int], np.ndarray],
+    variant: str,
+    workers: int = 8,
+) -> ImageCache | None:
+    """Fill a cache, saying its size first.
+
+    Args:
+        kind: `ram` or `disk`.
+        paths: image files.
+        resized_hw: int [N, 2], the size each will have once loaded.
+        load: decodes and resizes one image.
+        variant: tells apart ways of resizing, for file names.
+        workers: threads that decode.
+
+    Returns:
+        None where there is not enough room or the place cannot be written; the log says so.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if kind not in ("ram", "disk"):
+        raise ValueError(f"cache {kind!r}: expected ram or disk")
+    if kind == "ram":
+        return RamCache.fill(resized_hw, load, workers)
+    return DiskCache.fill(paths, resized_hw, load, variant, workers)
+
+
+# ------------------------------------------------------------------------------------------ memory
+class RamCache:
+    """All images in one block of memory, which forked loader workers share."""
+
+    def __init__(self, resized_hw: np.ndarray) -> None:
+        sizes = resized_hw.prod(1) * 3
+        self.offsets = np.concatenate([[0], np.cumsum(sizes)])
+        self.shapes_hw = resized_hw
+        self.filled = np.zeros(len(resized_hw), bool)
+        self.pixels = np.empty(int(self.offsets[-1]), np.uint8)
+
+    @classmethod
+    def fill(
+        cls, resized_hw: np.ndarray, load: Callable[[int], np.ndarray], workers: int
+    ) -> RamCache | None:
+        """Decode everything; None if it does not fit."""
+        needed, free = int(resized_hw.prod(1).sum()) * 3, available_memory()
+        size = f"{len(resized_hw)} images need {_gigabytes(needed)} of memory"
+        if free is not None and needed > MEMORY_SHARE * free:
+            LOGGER.warning(
+                "no image cache: %s, only %s of the available %s may be used",
+                size, _gigabytes(MEMORY_SHARE * free), _gigabytes(free),
+            )  # fmt: skip
+            return None
+        LOGGER.info("caching images in memory: %s", size)
+        cache = cls(resized_hw)
+
+        def keep(index: int) -> None:
+            image = load(index)
+            if image.shape[:2] == tuple(resized_hw[index]):  # else it has changed since the scan
+                cache._block(index)[...] = image
+                cache.filled[index] = True
+
+        _for_each(keep, len(resized_hw), workers)
+        return cache
+
+    def _block(self, index: int) -> np.ndarray:
+        block = self.pixels[self.offsets[index] : self.offsets[index + 1]]
+        return block.reshape(*self.shapes_hw[index], 3)
+
+    def get(self, index: int) -> np.ndarray | None:
+        """The image, not to be written to."""
+        if not self.filled[index]:
+            return None
+        image = self._block(index)
+        image.flags.writeable = False
+        return image
+
+
+def available_memory() -> int | None:
+    """Bytes a process may still take: of the machine, or of the container if that is less.
+
+    None where the system does not say.
+    """
+    limits = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    for limit, usage in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        try:
+            room = int(Path(limit).read_text("utf-8")) - int(Path(usage).read_text("utf-8"))
+        except (OSError, ValueError):  # no such control group, or the limit is "max"
+            continue
+        limits.append(max(room, 0))
+    return min(limits) if limits else None
+
+
+# -------------------------------------------------------------------------------------------- disk
+class DiskCache:
+    """One `.npy` file per image in a folder `image_cache` beside the folder `images`.
+
+    Size and time of the image are part of the file's name, so a changed image is decoded anew.
+    """
+
+    def __init__(self, files: list[Path], resized_hw: np.ndarray) -> None:
+        self.files, self.shapes_hw = files, resized_hw
+
+    @classmethod
+    def fill(
+        cls,
+        paths: Sequence[str],
+        resized_hw: np.ndarray,
+        load: Callable[[int], np.ndarray],
+        variant: str,
+        workers: int,
+    ) -> DiskCache | None:
+        """Write what is not there yet; None if it does not fit or cannot be written."""
+        files = [_cache_file(path, variant) for path in paths]
+        todo = [index for index, file in enumerate(files) if not file.is_file()]
+        if not todo:
+            LOGGER.info("images are cached on disk, for example %s", files[0])
+            return cls(files, resized_hw)
+        try:
+            for folder in {files[index].parent for index in todo}:
+                _make_writable_folder(folder)
+            needed = int(resized_hw[todo].prod(1).sum()) * 3
+            free = shutil.disk_usage(files[todo[0]].parent).free
+            size = f"{len(todo)} images need {_gigabytes(needed)} in {files[todo[0]].parent}"
+            if needed > DISK_SHARE * free:
+                LOGGER.warning("no image cache: %s, where %s are free", size, _gigabytes(free))
+                return None
+            LOGGER.info("caching images on disk: %s", size)
+            _for_each(lambda position: _write(files[todo[position]], load(todo[position])),
+                      len(todo), workers)  # fmt: skip
+        except OSError as error:
+            LOGGER.warning("no image cache: %s", error)
+            return None
+        return cls(files, resized_hw)
+
+    def get(self, index: int) -> np.ndarray | None:
+        """The image, or None if the file has gone or is damaged."""
+        try:
+            image = np.load(self.files[index], allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        expected = (*self.shapes_hw[index], 3)
+        return image if image.shape == expected and image.dtype == np.uint8 else None
+
+
+def _cache_file(image: str, variant: str) -> Path:
+    stat = os.stat(image)  # noqa: PTH116 (called for each of millions of files)
+    folder, images, rest = image.rpartition(f"{os.sep}images{os.sep}")
+    base = Path(folder, "image_cache", rest) if images else Path(image).parent / "image_cache"
+    base = base if images else base / Path(image).name
+    state = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    return base.with_name(f"{base.name}.{variant}.{state}.npy")
+
+
+def _make_writable_folder(folder: Path) -> None:
+    """Create a folder unless the place was meant to stay as it is.
+
+    Raises:
+        OSError: also for a superuser if no one has the permission to write there.
+    """
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not existing.stat().st_mode & 0o222:
+        raise PermissionError(f"{existing}: the folder is read-only")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _write(file: Path, image: np.ndarray) -> None:
+    prefix = file.name.rsplit(".", 2)[0]
+    for old in file.parent.iterdir() if file.parent.is_dir() else ():
+        if old.name.startswith(f"{prefix}.") and old.name.endswith(".npy"):
+            old.unlink(missing_ok=True)  # of an earlier state of the image
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            np.save(stream, image, allow_pickle=False)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _for_each(action: Callable[[int], None], count: int, workers: int) -> None:
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for _ in pool.map(action, range(count)):
+            pass
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
