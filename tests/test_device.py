@@ -1,0 +1,46 @@
+"""Devices by name, and the messages about those that are not there."""
+
+import pytest
+import torch
+
+from utils.device import gpu_indices, memory_text, select_device, select_precision
+
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", []), ("cpu", []), ("mps", []), ("0", [0]), ("cuda:1", [1]), ("0, 1", [0, 1])],
+)
+def test_indices(text, expected):
+    assert gpu_indices(text) == expected
+
+
+@pytest.mark.parametrize("text", ["gpu", "0,", "0,0", "-1", "1.5", "cuda:x"])
+def test_wrong_names(text):
+    with pytest.raises(ValueError, match="expected cpu, mps, a GPU number"):
+        select_device(text)
+
+
+def test_cpu():
+    assert select_device("cpu") == torch.device("cpu")
+    assert select_device(" CPU ") == torch.device("cpu")
+    assert memory_text(torch.device("cpu")).endswith("G")
+
+
+@no_cuda
+@pytest.mark.parametrize("text", ["0", "cuda", "0,1"])
+def test_no_gpu_is_one_clear_message(text):
+    with pytest.raises(ValueError, match="no CUDA GPU is available") as caught:
+        select_device(text)
+    assert "--device cpu" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_precision():
+    cpu = torch.device("cpu")
+    assert select_precision("off", cpu) == torch.float32
+    assert select_precision("bf16", cpu) == torch.bfloat16
+    assert select_precision("auto", cpu) in (torch.float32, torch.bfloat16)
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        select_precision("fp16", cpu)

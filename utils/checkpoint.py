@@ -1,0 +1,175 @@
+"""The checkpoint format: plain data, written atomically, read without running code.
+
+A checkpoint is one dict:
+    format, version     FORMAT and FORMAT_VERSION
+    spec                `ModelSpec.to_dict()`, with widths if the network is pruned
+    names               class names, in order
+    model               state dict: the weights to use (while training: the raw weights)
+    training            absent in final files; else all that a resumed run needs (see train.py)
+    epoch, fitness, options, hyp
+                        where the weights come from
+Final files hold floating-point tensors in half precision.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.spec import ModelSpec
+from models.yolo import Model
+from utils.public_weights import read_public_weights
+
+LOGGER = logging.getLogger(__name__)
+
+FORMAT = "yolov5-slim"
+FORMAT_VERSION = 1
+
+
+class Detector(NamedTuple):
+    """A network as read from a file, in float32."""
+
+    model: Model
+    names: tuple[str, ...]
+    checkpoint: dict[str, Any]  # the whole content of our own files, {} for public ones
+
+
+def build_checkpoint(model: Model, names: Sequence[str], **extra: Any) -> dict[str, Any]:
+    """The content of a checkpoint for `model`; `extra` is plain data (epoch, options, ...)."""
+    return {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "spec": model.spec.to_dict(),
+        "names": list(names),
+        "model": model.state_dict(),
+        **extra,
+    }
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write to a temporary name, flush to disk, rename: `path` is never half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_final(path: Path, content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Save `content` with these weights in half precision and nothing that only training needs."""
+    kept = {key: value for key, value in content.items() if key != "training"}
+    save_checkpoint(path, {**kept, "model": {k: to_half(v) for k, v in weights.items()}})
+
+
+def to_half(tensor: Tensor) -> Tensor:
+    """A half-precision copy; tensors that would overflow (running variances) stay float32."""
+    tensor = tensor.detach().cpu()
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    half = tensor.half()
+    return half if torch.isfinite(half).all() else tensor.float()
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read one of our own checkpoints.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or not of this format.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint ({reason})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of this toolkit and not a public YOLOv5 file")
+    if content.get("version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: checkpoint version {content.get('version')!r}, "
+            f"this toolkit reads version {FORMAT_VERSION}"
+        )
+    missing = {"spec", "names", "model"} - content.keys()
+    if missing:
+        raise ValueError(f"{path}: damaged checkpoint, {', '.join(sorted(missing))} missing")
+    return content
+
+
+def load_detector(path: Path, device: torch.device | str = "cpu") -> Detector:
+    """Read a checkpoint of ours or a public YOLOv5 v6.0-v7.0 file; eval mode, float32.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, refused, or its tensors do not fit its network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights file")
+    if _is_plain(path):
+        content = load_checkpoint(path)
+        spec = ModelSpec.from_dict(content["spec"], str(path))
+        names, state_dict = tuple(content["names"]), content["model"]
+    else:
+        content = {}
+        spec, names, state_dict = read_public_weights(path)
+    if len(names) != spec.num_classes:
+        raise ValueError(f"{path}: {len(names)} class names for {spec.num_classes} classes")
+    model = Model(spec)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise ValueError(f"{path}: the tensors do not fit the network: {reason}") from None
+    return Detector(model.eval().to(device), names, content)
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether the file holds nothing but plain data and tensors."""
+    try:
+        return not torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path}: not a checkpoint that torch.save writes, or a damaged one ({error})"
+        ) from None
+
+
+def transfer_weights(
+    model: nn.Module, state_dict: Mapping[str, Tensor], keep_anchors: bool = False
+) -> list[str]:
+    """Copy every tensor that has the same name and shape; return the names left as they were.
+
+    `keep_anchors` leaves the anchors of `model` alone (its spec says which it has).
+    """
+    own = model.state_dict()
+    fitting = {
+        name: tensor
+        for name, tensor in state_dict.items()
+        if name in own
+        and own[name].shape == tensor.shape
+        and not (keep_anchors and name.endswith("anchors"))
+    }
+    model.load_state_dict({**own, **fitting})
+    skipped = [name for name in own if name not in fitting and not name.endswith("anchors")]
+    LOGGER.info(
+        "transferred %d of %d tensors%s",
+        len(own) - len(skipped),
+        len(own),
+        f"; left fresh: {_abbreviate(skipped)}" if skipped else "",
+    )
+    return skipped
+
+
+def _abbreviate(names: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,146 @@
+"""Devices, precision, seeds and the few facts about distributed runs."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+AMP_CHOICES = ("auto", "off", "bf16", "fp16")
+
+
+def select_device(text: str) -> torch.device:
+    """The device that `--device` names; of several GPUs the one of this process.
+
+    Args:
+        text: `''` (best available), `cpu`, `mps`, `0`, `cuda:1` or `0,1`.
+
+    Raises:
+        ValueError: the text is not one of these, or there is no such device here.
+    """
+    name = text.strip().lower()
+    if name == "cpu":
+        return torch.device("cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError("--device mps: no Apple GPU here; try --device cpu")
+        return torch.device("mps")
+    if name == "":
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    indices = gpu_indices(name)
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {text}: no CUDA GPU is available here; try --device cpu")
+    missing = [index for index in indices if index >= torch.cuda.device_count()]
+    if missing:
+        raise ValueError(
+            f"--device {text}: there is no GPU {missing[0]}, "
+            f"this machine has {torch.cuda.device_count()} (numbered from 0)"
+        )
+    return torch.device("cuda", indices[local_rank() % len(indices)])
+
+
+def gpu_indices(text: str) -> list[int]:
+    """`0,1` or `cuda:0` as numbers; empty for `''`, `cpu`, `mps`.
+
+    Raises:
+        ValueError: anything else.
+    """
+    name = text.strip().lower().removeprefix("cuda:")
+    if name in ("", "cpu", "mps"):
+        return []
+    parts = [part.strip() for part in name.split(",")]
+    if name == "cuda":
+        parts = ["0"]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise ValueError(f"--device {text}: expected cpu, mps, a GPU number such as 0, or 0,1")
+    return [int(part) for part in parts]
+
+
+def describe_device(device: torch.device) -> str:
+    """One phrase for the log: what it is and how much memory it has."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
+    return str(device)
+
+
+def select_precision(amp: str, device: torch.device) -> torch.dtype:
+    """Number format of forward and backward passes; float32 means no mixed precision.
+
+    `auto` takes bfloat16 where the device computes it natively, float16 on older NVIDIA GPUs,
+    and float32 elsewhere, where half precision would be emulated and slow.
+
+    Raises:
+        ValueError: float16 training on a device that cannot scale losses.
+    """
+    if amp == "off":
+        return torch.float32
+    if amp == "bf16":
+        return torch.bfloat16
+    if amp == "fp16":
+        if device.type != "cuda":
+            raise ValueError(f"--amp fp16 needs a CUDA GPU, not {device.type}; try --amp bf16")
+        return torch.float16
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch; the data pipeline has its own generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (third-party code may use the global generator)
+    torch.manual_seed(seed)
+
+
+def memory_text(device: torch.device) -> str:
+    """Memory in use by tensors on the GPU, or by this process on the CPU, as `1.23G`."""
+    if device.type == "cuda":
+        used = torch.cuda.memory_reserved(device)
+    elif device.type == "mps":
+        used = torch.mps.driver_allocated_memory()
+    else:
+        used = _resident_bytes()
+    return f"{used / 1e9:.2f}G"
+
+
+def _resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm") as file:  # noqa: PTH123 (a kernel interface, not a file)
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0  # not Linux: the figure is a convenience
+
+
+def rank() -> int:
+    """Number of this process among all, 0 when alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes that train together, 1 when alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def mean_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Mean of each value over all processes."""
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(tensor)
+    return (tensor / world_size()).tolist()

@@ -1,0 +1,176 @@
+"""The YOLOv5 v6 loss: which anchors answer for which boxes, and what wrong answers cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from utils.boxes import paired_iou
+
+# Weight of a level's objectness term: small objects, many cells, little signal per cell.
+LEVEL_BALANCE = {3: (4.0, 1.0, 0.4)}
+LEVEL_BALANCE_OTHER = (4.0, 1.0, 0.25, 0.06, 0.02)
+
+FOCAL_ALPHA = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """Factors of the loss; the names are those of the hyperparameter files."""
+
+    box: float
+    obj: float
+    cls: float
+    cls_pw: float = 1.0  # weight of positive labels in the class term
+    obj_pw: float = 1.0  # weight of positive labels in the objectness term
+    anchor_t: float = 4.0  # an anchor answers for boxes up to this much larger or smaller a side
+    fl_gamma: float = 0.0  # exponent of the focal loss, 0 is plain cross entropy
+    label_smoothing: float = 0.0
+
+
+class Assignment(NamedTuple):
+    """The anchors of one level that answer for a box, N in number; cells are grid positions."""
+
+    image: Tensor  # [N] index in the batch
+    anchor: Tensor  # [N]
+    row: Tensor  # [N]
+    column: Tensor  # [N]
+    classes: Tensor  # [N]
+    boxes_cxcywh: Tensor  # [N, 4] in grid units, centre relative to the cell
+    anchors_grid: Tensor  # [N, 2]
+
+
+def assign_targets(
+    targets: Tensor, anchors_grid: Tensor, grid_hw: tuple[int, int], anchor_threshold: float
+) -> Assignment:
+    """Find the anchors of a level that answer for the boxes of a batch.
+
+    A box is answered for by every anchor whose sides differ from its own by less than the factor
+    `anchor_threshold`, in the cell of its centre and in the nearer neighbour cell along each axis.
+
+    Args:
+        targets: [T, 6] image, class, cx, cy, w, h, normalised to 0-1.
+        anchors_grid: [A, 2] width, height in grid units.
+        grid_hw: cells of this level.
+        anchor_threshold: `anchor_t` of the hyperparameters, above 1.
+    """
+    height, width = grid_hw
+    scale = targets.new_tensor([width, height])
+    centres, sizes = targets[:, 2:4] * scale, targets[:, 4:6] * scale  # [T, 2]
+    ratio = sizes[None] / anchors_grid[:, None]  # [A, T, 2]
+    fits = torch.maximum(ratio, 1 / ratio).amax(-1) < anchor_threshold  # [A, T]
+    anchor, target = fits.nonzero(as_tuple=True)
+    centres, sizes = centres[target], sizes[target]
+
+    # Half a cell to the left and up reaches the neighbour that is nearer; the others by mirroring.
+    from_far_side = scale - centres
+    left, up = ((centres % 1 < 0.5) & (centres > 1)).T
+    right, down = ((from_far_side % 1 < 0.5) & (from_far_side > 1)).T
+    chosen = torch.stack((torch.ones_like(left), left, up, right, down))  # [5, N]
+    moves = centres.new_tensor([[0, 0], [0.5, 0], [0, 0.5], [-0.5, 0], [0, -0.5]])
+    move, pair = chosen.nonzero(as_tuple=True)
+    centres, sizes = centres[pair], sizes[pair]
+    anchor, target = anchor[pair], target[pair]
+
+    cells = (centres - moves[move]).long()
+    column, row = cells[:, 0].clamp(0, width - 1), cells[:, 1].clamp(0, height - 1)
+    boxes = torch.cat((centres - torch.stack((column, row), 1), sizes), 1)
+    image, classes = targets[target, 0].long(), targets[target, 1].long()
+    return Assignment(image, anchor, row, column, classes, boxes, anchors_grid[anchor])
+
+
+class DetectionLoss:
+    """Box (CIoU), objectness and class (binary cross entropy) terms of a batch."""
+
+    def __init__(self, anchors_grid: Tensor, settings: LossSettings) -> None:
+        """`anchors_grid`: [L, A, 2] width, height in grid units, on the device of the logits."""
+        num_levels = len(anchors_grid)
+        self.anchors_grid = anchors_grid
+        self.settings = settings
+        self.balance = LEVEL_BALANCE.get(num_levels, LEVEL_BALANCE_OTHER)
+        if num_levels > len(self.balance):
+            raise ValueError(f"{num_levels} levels; the loss knows weights for up to 5")
+
+    def __call__(self, logits: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the loss in float32.
+
+        Args:
+            logits: per level [B, A, H, W, 5+K].
+            targets: [T, 6] image, class, cx, cy, w, h, normalised to 0-1; T may be 0.
+
+        Returns:
+            The loss to minimise (scalar: sum of the terms times batch size), and the box,
+            objectness and class terms with their factors (detached [3]).
+        """
+        settings = self.settings
+        box_terms, obj_terms, cls_terms = [], [], []
+        for level, level_logits in enumerate(logits):
+            level_logits = level_logits.float()
+            box, obj, cls = self._level_terms(level_logits, targets, self.anchors_grid[level])
+            box_terms.append(box)
+            obj_terms.append(obj * self.balance[level])
+            cls_terms.append(cls)
+        parts = torch.stack(
+            (
+                torch.stack(box_terms).sum() * settings.box,
+                torch.stack(obj_terms).sum() * settings.obj,
+                torch.stack(cls_terms).sum() * settings.cls,
+            )
+        )
+        batch_size = logits[0].shape[0]
+        return parts.sum() * batch_size, parts.detach()
+
+    def _level_terms(
+        self, logits: Tensor, targets: Tensor, anchors_grid: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found = assign_targets(
+            targets, anchors_grid, (logits.shape[2], logits.shape[3]), self.settings.anchor_t
+        )
+        objectness = logits.new_zeros(logits.shape[:4])
+        # Zero terms keep a graph, so that a batch without boxes trains the objectness alone.
+        box_term = cls_term = logits.sum() * 0
+        if len(found.image):
+            cells = (found.image, found.anchor, found.row, found.column)
+            answers = logits[cells]  # [N, 5+K]
+            centres = answers[:, 0:2].sigmoid() * 2 - 0.5
+            sizes = (answers[:, 2:4].sigmoid() * 2) ** 2 * found.anchors_grid
+            iou = paired_iou(torch.cat((centres, sizes), 1), found.boxes_cxcywh, kind="ciou")
+            box_term = (1 - iou).mean()
+            # Where several boxes ask for one cell it takes the best IoU, on every device alike.
+            _, num_anchors, height, width = objectness.shape
+            cell = (found.image * num_anchors + found.anchor) * height + found.row
+            quality = iou.detach().clamp(0)
+            objectness.view(-1).scatter_reduce_(0, cell * width + found.column, quality, "amax")
+            if answers.shape[1] > 6:  # one class needs no class term
+                cls_term = self._class_term(answers[:, 5:], found.classes)
+        obj_term = self._cross_entropy(logits[..., 4], objectness, self.settings.obj_pw)
+        return box_term, obj_term, cls_term
+
+    def _class_term(self, logits: Tensor, classes: Tensor) -> Tensor:
+        smoothing = self.settings.label_smoothing
+        labels = torch.full_like(logits, 0.5 * smoothing)
+        labels.scatter_(1, classes[:, None], 1 - 0.5 * smoothing)
+        return self._cross_entropy(logits, labels, self.settings.cls_pw)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, positive_weight: float) -> Tensor:
+        """Mean binary cross entropy, with focal weights if `fl_gamma` is above 0.
+
+        Reference: Lin et al. 2017, Focal Loss, arXiv:1708.02002, eq. 5; soft labels as linear
+        mixtures of the two cases.
+        """
+        weight = logits.new_tensor(positive_weight) if positive_weight != 1 else None
+        gamma = self.settings.fl_gamma
+        if gamma == 0:
+            return F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weight)
+        loss = F.binary_cross_entropy_with_logits(
+            logits, labels, pos_weight=weight, reduction="none"
+        )
+        probability = logits.sigmoid()
+        correct = labels * probability + (1 - labels) * (1 - probability)
+        alpha = labels * FOCAL_ALPHA + (1 - labels) * (1 - FOCAL_ALPHA)
+        return (loss * alpha * (1 - correct) ** gamma).mean()

@@ -1,0 +1,186 @@
+"""Parameter groups, the learning-rate schedule with warm-up, and the weight average (EMA)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+NOMINAL_BATCH = 64  # images whose gradients one optimizer step sums up
+
+OPTIMIZERS = ("SGD", "Adam", "AdamW")
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+def group_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Sort every parameter into exactly one of `weights`, `norms`, `biases`, by module type.
+
+    `norms` holds gamma alone; beta is a bias. Only `weights` should decay: decay on gamma would
+    act beside the sparsity penalty and make its strength depend on the optimizer.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "biases": []}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "bias":
+                groups["biases"].append(parameter)
+            elif isinstance(module, _NORMS):
+                groups["norms"].append(parameter)
+            else:
+                groups["weights"].append(parameter)
+    return groups
+
+
+def build_optimizer(
+    model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """SGD (Nesterov), Adam or AdamW over the groups of `group_parameters`.
+
+    Args:
+        model: its frozen parameters are left out.
+        name: one of OPTIMIZERS.
+        lr: learning rate after warm-up.
+        momentum: momentum of SGD, beta1 of Adam and AdamW.
+        weight_decay: acts on the group `weights` alone.
+    """
+    groups = []
+    for kind, parameters in group_parameters(model).items():
+        trained = [p for p in parameters if p.requires_grad]
+        decay = weight_decay if kind == "weights" else 0.0
+        groups.append({"params": trained, "weight_decay": decay, "kind": kind})
+    if name == "SGD":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    if name == "Adam":
+        return torch.optim.Adam(groups, lr=lr, betas=(momentum, 0.999))
+    if name == "AdamW":
+        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
+    raise ValueError(f"unknown optimizer {name!r}; known are {', '.join(OPTIMIZERS)}")
+
+
+class StepSettings(NamedTuple):
+    """What an optimizer step uses."""
+
+    lr: float
+    bias_lr: float
+    momentum: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Learning rate and momentum over a run: linear warm-up by step, then decay by epoch."""
+
+    lr0: float
+    lrf: float  # last learning rate as a share of lr0
+    epochs: int
+    momentum: float
+    cosine: bool = False
+    nominal_batch: int = NOMINAL_BATCH  # images
+    warmup_steps: int = 0  # batches
+    warmup_momentum: float = 0.8
+    warmup_bias_lr: float = 0.1
+
+    def decay(self, epoch: int) -> float:
+        """Share of lr0 in this epoch, from 1 down to lrf; see `at` for warm-up."""
+        progress = epoch / max(self.epochs, 1)
+        if self.cosine:
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return 1 + progress * (self.lrf - 1)
+
+    def at(self, step: int, epoch: int) -> StepSettings:
+        """Settings for batch number `step` (from 0, counted over the whole run)."""
+        lr = self.lr0 * self.decay(epoch)
+        if step >= self.warmup_steps:
+            return StepSettings(lr, lr, self.momentum)
+        share = step / self.warmup_steps
+        return StepSettings(
+            lr * share,
+            self.warmup_bias_lr + (lr - self.warmup_bias_lr) * share,
+            self.warmup_momentum + (self.momentum - self.warmup_momentum) * share,
+        )
+
+    def accumulation(self, step: int, batch_size: int) -> int:
+        """Batches per optimizer step; grows from 1 to the nominal batch during warm-up."""
+        full = max(round(self.nominal_batch / batch_size), 1)
+        if step >= self.warmup_steps:
+            return full
+        return max(round(1 + (full - 1) * step / self.warmup_steps), 1)
+
+
+def num_warmup_steps(warmup_epochs: float, steps_per_epoch: int, epochs: int) -> int:
+    """Warm-up in batches: as many epochs as asked for, but at most half of the run.
+
+    There is no lower bound in steps: with one, a data set of a few batches an epoch would never
+    leave the warm-up.
+    """
+    return min(round(warmup_epochs * steps_per_epoch), epochs * steps_per_epoch // 2)
+
+
+def set_step(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:
+    """Write learning rates and momentum into the parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = settings.bias_lr if group["kind"] == "biases" else settings.lr
+        if "momentum" in group:
+            group["momentum"] = settings.momentum
+        else:
+            group["betas"] = (settings.momentum, group["betas"][1])
+
+
+class ModelEma:
+    """Moving average of all weights and statistics; it is what is validated, saved and pruned."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999, tau: float = 2000) -> None:
+        """The decay grows as decay * (1 - exp(-updates / tau)), so that early averages follow."""
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.tau = decay, tau
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after an optimizer step."""
+        self.updates += 1
+        share = 1 - self.decay * (1 - math.exp(-self.updates / self.tau))
+        current = model.state_dict()
+        averaged, latest = [], []
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point():
+                averaged.append(value)
+                latest.append(current[name].detach())
+            else:
+                value.copy_(current[name])
+        torch._foreach_lerp_(averaged, latest, share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and number of updates."""
+        return {"model": self.model.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.model.load_state_dict(state["model"])
+        self.updates = state["updates"]
+
+
+def frozen_rows(values: list[int], num_rows: int) -> set[int]:
+    """Rows that `--freeze` means: one number is a count from the front, several are row numbers.
+
+    Raises:
+        ValueError: a row does not exist.
+    """
+    rows = set(range(values[0])) if len(values) == 1 else set(values)
+    wrong = [row for row in rows if not 0 <= row < num_rows]
+    if wrong:
+        raise ValueError(f"--freeze: row {max(wrong)} does not exist, the network has {num_rows}")
+    return rows
+
+
+def freeze(model: nn.Sequential, rows: set[int]) -> list[nn.Module]:
+    """Stop training these rows; returns their BN layers, which must be kept in eval mode."""
+    norms: list[nn.Module] = []
+    for row in rows:
+        model[row].requires_grad_(False)
+        norms += [m for m in model[row].modules() if isinstance(m, _NORMS)]
+    return norms
