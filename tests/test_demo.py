@@ -1,0 +1,96 @@
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import demo
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _stages(*options: str) -> list[demo.Stage]:
+    return demo.list_stages(demo.parse_args(options), Path("runs/demo/exp"))
+
+
+def test_stages_hand_their_weights_on():
+    train, sparse, prune, finetune, val = _stages("--epochs", "3", "2", "1")
+    for before, after in ((train, sparse), (sparse, prune), (prune, finetune), (finetune, val)):
+        assert str(before.weights) == after.command[after.command.index("--weights") + 1]
+    assert [stage.command[0] for stage in (train, prune, val)] == ["train.py", "prune.py", "val.py"]
+    assert "--bn_sparsity" in sparse.command
+    assert "--ft_pruned_model" in finetune.command
+
+
+def test_commands_can_be_typed_as_printed():
+    """Every option that the demo uses is one that the script knows."""
+    for stage in _stages("--device", "cpu"):
+        script, *options = stage.command
+        known = (ROOT / script).read_text(encoding="utf-8")
+        missing = [opt for opt in options if opt.startswith("--") and f'"{opt}"' not in known]
+        assert missing == [], script
+
+
+def test_demo_only_runs_in_the_project_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="cd "):
+        demo.main([])
+
+
+def test_scores_are_those_of_the_saved_weights(tmp_path):
+    results = tmp_path / "results.csv"
+    results.write_text(
+        "epoch,metrics/mAP_0.5,metrics/mAP_0.5:0.95\n0,0.1,0.05\n1,0.5,0.3\n2,0.6,0.2\n"
+    )
+    best = demo.Stage("train", [], tmp_path / "best.pt", results)
+    last = demo.Stage("sparse", [], tmp_path / "last.pt", results)
+    assert demo.read_scores(best) == (0.5, 0.3)
+    assert demo.read_scores(last) == (0.6, 0.2)
+    report = tmp_path / "prune.json"
+    report.write_text(json.dumps({"before": {}, "after": {"map50": 0.4, "map50_95": 0.1}}))
+    assert demo.read_scores(demo.Stage("prune", [], tmp_path / "p.pt", report)) == (0.4, 0.1)
+
+
+def test_table_is_aligned():
+    row = {
+        "stage": "1 train",
+        "map50": 0.5,
+        "map50_95": 0.25,
+        "parameters": 1_765_270,
+        "gflops": 0.26,
+        "latency_ms": 3.25,
+        "file_mb": 3.7,
+    }
+    lines = demo.format_table([row], "title").splitlines()
+    assert lines[0] == "title"
+    assert len(lines[2]) == len(lines[3])
+    assert lines[3].split() == [
+        "1", "train", "0.500", "0.250", "1,765,270", "0.26", "3.2", "3.70",
+    ]  # fmt: skip
+
+
+def test_a_failing_stage_ends_the_demo():
+    stage = demo.Stage("train", ["-c", "raise SystemExit(3)"], Path(), Path())
+    with pytest.raises(SystemExit, match=r"stage 1 \(train\) ended with code 3"):
+        demo.run_stage(1, stage)
+
+
+@pytest.mark.slow
+def test_demo_end_to_end_on_a_tiny_data_set(tmp_path, tiny_dataset):
+    command = [sys.executable, "demo.py", "--data", str(tiny_dataset.yaml), "--imgsz", "64"]
+    command += ["--epochs", "1", "1", "1", "--batch-size", "2", "--workers", "0"]
+    command += ["--percent", "0.1", "--device", "cpu", "--project", str(tmp_path / "demo")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "5 val" in result.stdout
+    folder = tmp_path / "demo" / "exp"
+    with (folder / "stages.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["stage"][0] for row in rows] == list("12345")
+    parameters = [int(row["parameters"]) for row in rows]
+    assert parameters[0] == parameters[1] > parameters[2] == parameters[3] == parameters[4]
+    assert all(float(row["latency_ms"]) > 0 for row in rows)
+    assert (folder / "stages.png").stat().st_size > 10_000
+    assert (folder / "stages.txt").read_text() in result.stdout

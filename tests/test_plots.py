@@ -1,0 +1,190 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils import plots
+from utils.run_dir import ResultsCsv
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("disc", "box", "größe")
+
+
+def _is_picture(path: Path, min_colours: int = 3) -> bool:
+    """A file that opens, of a sensible size, with something on it."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+        return min(image.size) >= 100 and len(np.unique(pixels, axis=0)) >= min_colours
+
+
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_plots_need_no_display_and_no_pyplot():
+    code = "import sys, utils.plots; print('matplotlib.pyplot' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_class_colours_differ():
+    assert len({plots.class_colour(cls) for cls in range(80)}) == 80
+
+
+@pytest.mark.parametrize("num_epochs", [0, 1, 3, 40])
+def test_plot_results(tmp_path, num_epochs):
+    results = ResultsCsv(tmp_path / "results.csv", ["train/box_loss", "val/box_loss"])
+    for epoch in range(num_epochs):
+        values = {"train/box_loss": 1 / (epoch + 1), "val/box_loss": float("nan")}
+        results.append(epoch, values | {"metrics/mAP_0.5": 0.1, "new/thing": epoch})
+    plots.plot_results(tmp_path / "results.csv", tmp_path / "results.png")
+    assert _is_picture(tmp_path / "results.png")
+
+
+def test_every_column_with_a_number_gets_a_panel():
+    columns = {
+        "train/box_loss": [1.0],
+        "val/box_loss": [2.0],
+        "metrics/mAP_0.5:0.95": [0.1],
+        "x/lr0": [0.1],
+        "gamma/q50": [1.0],
+        "gamma/below_1e-2": [0.0],
+        "sparsity/rate": [0.1],
+        "sparsity/suggested_percent": [0.1],
+        "strange": [1.0],
+        "empty": [float("nan")],
+    }
+    panels = dict(plots._group_into_panels(columns))
+    shown = [name for names in panels.values() for name in names]
+    assert sorted(shown) == sorted(set(columns) - {"empty"})
+    assert panels["box loss"] == ["train/box_loss", "val/box_loss"]
+    assert panels["|gamma|, quantiles"] == ["gamma/q50"]
+    assert panels["other"] == ["strange"]
+
+
+@pytest.mark.parametrize(
+    ("num_boxes", "num_classes"),
+    [
+        pytest.param(0, 3, id="no labels"),
+        pytest.param(1, 1, id="one box"),
+        pytest.param(50, 80, id="80 classes"),
+        pytest.param(20, 300, id="300 classes"),
+    ],
+)
+def test_plot_labels(tmp_path, num_boxes, num_classes):
+    rng = np.random.default_rng(0)
+    boxes = rng.uniform(0, 0.9, (num_boxes, 5))
+    boxes[:, 0] = rng.integers(0, num_classes, num_boxes)
+    plots.plot_labels(boxes, [f"class {i}" for i in range(num_classes)], tmp_path / "labels.jpg")
+    assert _is_picture(tmp_path / "labels.jpg")
+
+
+def _grey_batch(num_images: int, height: int = 64, width: int = 96) -> torch.Tensor:
+    return torch.full((num_images, 3, height, width), 114, dtype=torch.uint8)
+
+
+def test_plot_batch_draws_targets_where_they_are(tmp_path):
+    targets = torch.tensor([[1, 2, 0.5, 0.5, 0.5, 0.5]])
+    paths = ["some/where/a.jpg", "b.jpg"]
+    plots.plot_batch(_grey_batch(2), targets, paths, NAMES, tmp_path / "batch.png")
+    pixels = _pixels(tmp_path / "batch.png")
+    height, width, _ = pixels.shape
+    assert (height, width) == (64 * 4, 2 * 96 * 4)
+    colour = np.abs(pixels - plots.class_colour(2)).sum(2) < 30
+    rows, columns = np.nonzero(colour)
+    assert columns.min() == pytest.approx(96 * 4 * 1.25, abs=3)
+    assert columns.max() == pytest.approx(96 * 4 * 1.75, abs=3)
+    assert rows.max() == pytest.approx(64 * 4 * 0.75, abs=3)
+
+
+def test_plot_batch_draws_the_same_box_for_detections(tmp_path):
+    detections = [
+        torch.zeros(0, 6),
+        torch.tensor([[24.0, 16, 72, 48, 0.9, 2], [0, 0, 9, 9, 0.1, 0]]),
+    ]
+    plots.plot_batch(_grey_batch(2), detections, ["a", "b"], NAMES, tmp_path / "pred.png")
+    pixels = _pixels(tmp_path / "pred.png")
+    colour = np.abs(pixels - plots.class_colour(2)).sum(2) < 30
+    assert np.nonzero(colour)[1].min() == pytest.approx(96 * 4 * 1.25, abs=3)
+    below_min_conf = np.abs(pixels - plots.class_colour(0)).sum(2) < 30
+    assert not below_min_conf.any()
+
+
+@pytest.mark.parametrize(
+    ("num_images", "boxes"),
+    [
+        pytest.param(1, torch.zeros(0, 6), id="no targets"),
+        pytest.param(1, [torch.zeros(0, 6)], id="no detections"),
+        pytest.param(30, torch.tensor([[29.0, 0, 0.5, 0.5, 1, 1]]), id="more than 16 images"),
+        pytest.param(3, torch.tensor([[0.0, 9, 0, 0, 0, 0]]), id="unknown class, empty box"),
+    ],
+)
+def test_plot_batch_edges(tmp_path, num_images, boxes):
+    paths = ["a very long file name " * 9 + ".jpg"] * num_images
+    before = _grey_batch(num_images)
+    images = before.clone()
+    plots.plot_batch(images, boxes, paths, NAMES, tmp_path / "batch.jpg")
+    assert _is_picture(tmp_path / "batch.jpg")
+    assert torch.equal(images, before)
+
+
+def test_plot_batch_takes_float_images(tmp_path):
+    images = _grey_batch(2).float() / 255
+    plots.plot_batch(images, torch.zeros(0, 6), ["a", "b"], NAMES, tmp_path / "batch.png")
+    assert abs(_pixels(tmp_path / "batch.png")[20, 20] - 114).max() <= 1
+
+
+@pytest.mark.parametrize("num_classes", [0, 1, 3, 80])
+def test_curves_and_confusion_matrix(tmp_path, num_classes):
+    rng = np.random.default_rng(0)
+    names = [f"class {i}" for i in range(num_classes)]
+    x, curves = np.linspace(0, 1, 50), rng.uniform(0, 1, (num_classes, 50))
+    matrix = rng.integers(0, 9, (num_classes + 1, num_classes + 1))
+    plots.plot_pr_curve(x, curves, curves.mean(1), names, tmp_path / "pr.png")
+    plots.plot_confidence_curve(x, curves, names, tmp_path / "f1.png", quantity="F1")
+    plots.plot_confusion_matrix(matrix, names, tmp_path / "cm.png")
+    assert all(_is_picture(tmp_path / name) for name in ("pr.png", "f1.png", "cm.png"))
+
+
+def test_plot_study(tmp_path):
+    curves = {"dense": [(640, 9.0, 0.4), (320, 3.0, 0.3)], "slim": [(320, 2.0, 0.2)]}
+    plots.plot_study(curves, tmp_path / "study.png")
+    assert _is_picture(tmp_path / "study.png")
+
+
+@pytest.mark.parametrize(("num_epochs", "num_layers"), [(0, 2), (1, 2), (5, 0), (40, 150)])
+def test_plot_gamma_history(tmp_path, num_epochs, num_layers):
+    rows = np.sort(np.random.default_rng(0).uniform(0, 1, (num_epochs, 11)), axis=1)
+    layers = {f"model.{i}.bn": rows for i in range(num_layers)}
+    plots.plot_gamma_history(range(num_epochs), rows, layers, tmp_path / "bn_gamma.png")
+    assert _is_picture(tmp_path / "bn_gamma.png")
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"), [(0.0, 0.0), (0.05, 0.05), (0.5, 0.5), (2.0, 1.0)]
+)
+def test_share_below_reads_the_quantiles(threshold, expected):
+    levels = np.linspace(0, 1, 11)
+    assert plots._share_below(threshold, levels, levels) == pytest.approx(expected)
+
+
+def test_share_below_sees_exact_zeros():
+    levels = np.linspace(0, 1, 11)
+    quantiles = np.array([0, 0, 0, 0, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1])
+    assert plots._share_below(1e-3, levels, quantiles) == pytest.approx(0.3, abs=0.001)
+
+
+def test_plot_stage_table(tmp_path):
+    rows = [
+        {"stage": "train", "map50": 0.7, "parameters": 1_765_270, "latency_ms": float("nan")},
+        {"stage": "prune", "map50": 0.6, "parameters": 900_000, "gflops": 2.0},
+    ]
+    plots.plot_stage_table(rows, tmp_path / "stages.png", title="yolov5n")
+    plots.plot_stage_table([], tmp_path / "empty.png")
+    assert _is_picture(tmp_path / "stages.png")
+    assert (tmp_path / "empty.png").stat().st_size > 0

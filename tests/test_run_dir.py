@@ -1,0 +1,179 @@
+import csv
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from utils.run_dir import ResultsCsv, latest_run, new_run_dir, read_results, save_options
+
+
+@pytest.mark.parametrize(
+    ("existing", "expected"),
+    [
+        pytest.param([], "exp", id="first"),
+        pytest.param(["exp"], "exp2", id="second"),
+        pytest.param(["exp", "exp2", "exp10"], "exp11", id="above the highest, not the gap"),
+        pytest.param(["exp7"], "exp8", id="first was deleted"),
+        pytest.param(["expo", "exp_2", "my-exp", "exp0"], "exp", id="other names do not count"),
+    ],
+)
+def test_new_run_dir_counts_up(tmp_path, existing, expected):
+    for name in existing:
+        (tmp_path / name).mkdir()
+    made = new_run_dir(tmp_path, "exp")
+    assert made == tmp_path / expected
+    assert made.is_dir()
+
+
+def test_new_run_dir_reuses_with_exist_ok(tmp_path):
+    first = new_run_dir(tmp_path / "runs" / "train", "coco", exist_ok=True)
+    again = new_run_dir(tmp_path / "runs" / "train", "coco", exist_ok=True)
+    assert first == again == tmp_path / "runs" / "train" / "coco"
+
+
+def test_new_run_dir_takes_names_with_special_characters(tmp_path):
+    assert new_run_dir(tmp_path, "a+b (1)").name == "a+b (1)"
+    assert new_run_dir(tmp_path, "a+b (1)").name == "a+b (1)2"
+
+
+def test_new_run_dir_gives_each_thread_its_own(tmp_path):
+    made: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda: made.append(new_run_dir(tmp_path))) for _ in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(made)) == 16
+
+
+def test_new_run_dir_errors_name_the_reason(tmp_path):
+    with pytest.raises(ValueError, match="--name is empty"):
+        new_run_dir(tmp_path, " ")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        new_run_dir(tmp_path / "file")
+
+
+def test_latest_run_is_the_newest_checkpoint(tmp_path):
+    assert latest_run(tmp_path) is None
+    for age, name in enumerate(["exp2", "deep/er/exp", "exp"]):
+        last = tmp_path / name / "weights" / "last.pt"
+        last.parent.mkdir(parents=True)
+        last.write_text("")
+        os.utime(last, (1_000_000 - age, 1_000_000 - age))
+    assert latest_run(tmp_path) == tmp_path / "exp2"
+    assert latest_run(tmp_path / "deep") == tmp_path / "deep" / "er" / "exp"
+
+
+def test_save_options_writes_plain_readable_yaml(tmp_path):
+    options = {
+        "weights": Path("a") / "b.pt",
+        "imgsz": 640,
+        "lr0": np.float64(0.01),
+        "freeze": (0, np.int64(1)),
+        "cache": None,
+        "rect": False,
+        "name": "größe: 1",
+    }
+    save_options(tmp_path / "opt.yaml", options)
+    text = (tmp_path / "opt.yaml").read_text(encoding="utf-8")
+    assert text.startswith("weights: ")
+    assert yaml.safe_load(text) == {
+        "weights": str(Path("a") / "b.pt"),
+        "imgsz": 640,
+        "lr0": 0.01,
+        "freeze": [0, 1],
+        "cache": None,
+        "rect": False,
+        "name": "größe: 1",
+    }
+    assert [entry.name for entry in tmp_path.iterdir()] == ["opt.yaml"]
+
+
+def test_results_csv_has_a_row_per_epoch(tmp_path):
+    results = ResultsCsv(tmp_path / "results.csv", ["train/box_loss", "metrics/mAP_0.5"])
+    assert read_results(tmp_path / "results.csv") == {
+        "epoch": [],
+        "train/box_loss": [],
+        "metrics/mAP_0.5": [],
+    }
+    results.append(0, {"metrics/mAP_0.5": 0.1234567, "train/box_loss": 5e-05})
+    results.append(1, {"train/box_loss": None, "metrics/mAP_0.5": float("nan"), "late": 3})
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert lines == [
+        "epoch,train/box_loss,metrics/mAP_0.5,late",
+        "0,5e-05,0.123457,",
+        "1,,nan,3",
+    ]
+    np.testing.assert_equal(read_results(tmp_path / "results.csv")["late"], [float("nan"), 3.0])
+
+
+@pytest.mark.parametrize(
+    ("resume_epoch", "expected"), [(0, []), (2, [0, 1]), (3, [0, 1, 2]), (None, [])]
+)
+def test_results_csv_resume_drops_later_rows(tmp_path, resume_epoch, expected):
+    first = ResultsCsv(tmp_path / "results.csv", ["x"])
+    for epoch in range(3):
+        first.append(epoch, {"x": epoch / 10})
+    resumed = ResultsCsv(tmp_path / "results.csv", ["x", "new"], resume_epoch=resume_epoch)
+    assert read_results(tmp_path / "results.csv")["epoch"] == expected
+    resumed.append(5, {"x": 1.0, "new": 2})
+    assert read_results(tmp_path / "results.csv")["epoch"] == [*expected, 5]
+
+
+def test_results_csv_replaces_a_repeated_epoch(tmp_path):
+    results = ResultsCsv(tmp_path / "results.csv")
+    results.append(0, {"x": 1})
+    results.append(0, {"x": 2})
+    assert read_results(tmp_path / "results.csv") == {"epoch": [0.0], "x": [2.0]}
+
+
+def test_results_csv_names_the_file_when_a_row_has_no_epoch(tmp_path):
+    (tmp_path / "results.csv").write_text("epoch,x\nhello,1\n")
+    with pytest.raises(ValueError, match=r"results\.csv.*'hello'"):
+        ResultsCsv(tmp_path / "results.csv", resume_epoch=1)
+
+
+def test_read_results_takes_padded_columns_and_short_rows(tmp_path):
+    (tmp_path / "results.csv").write_text("  epoch,   x , y\n 0, 1.5, 2\n\n 1, \n")
+    values = read_results(tmp_path / "results.csv")
+    np.testing.assert_equal(values["x"], [1.5, float("nan")])
+    np.testing.assert_equal(values["y"], [2.0, float("nan")])
+
+
+_ENDLESS_WRITER = """
+import sys
+from utils.run_dir import ResultsCsv
+results = ResultsCsv(sys.argv[1], ["a", "b"])
+for epoch in range(10**6):
+    results.append(epoch, {"a": epoch, "b": epoch / 3})
+    print(epoch, flush=True)
+"""
+
+
+def test_results_csv_is_whole_after_a_kill(tmp_path):
+    path = tmp_path / "results.csv"
+    root = Path(__file__).resolve().parents[1]
+    for last_seen in (3, 20, 41):
+        with subprocess.Popen(
+            [sys.executable, "-c", _ENDLESS_WRITER, str(path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=root,
+        ) as writer:
+            assert writer.stdout is not None
+            while int(writer.stdout.readline()) < last_seen:
+                pass
+            writer.kill()
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["epoch"]) for row in rows] == list(range(len(rows)))
+        assert len(rows) > last_seen
+        assert all(float(row["b"]) >= 0 for row in rows)

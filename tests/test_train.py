@@ -1,0 +1,310 @@
+"""train.py end to end on four small images: steps, stages, resuming, refusals."""
+
+import csv
+import dataclasses
+
+import pytest
+import torch
+import yaml
+
+import train
+from models import Model, ModelSpec
+from utils.checkpoint import build_checkpoint, load_checkpoint, load_detector, save_checkpoint
+from utils.loss import DetectionLoss
+from utils.pruning.slimming import SparsityPenalty
+
+
+@pytest.fixture(autouse=True)
+def pictures(request, monkeypatch):
+    """Drawing takes longer than these runs; only tests that ask for `draws` do it."""
+    if "draws" not in request.fixturenames:
+        for name in ("plot_results", "plot_labels", "plot_batch", "plot_gamma_history"):
+            monkeypatch.setattr(train, name, lambda *_: None)
+
+
+@pytest.fixture
+def draws():
+    """Ask for the pictures of a run."""
+
+
+@pytest.fixture
+def base(tiny_spec, tiny_dataset, tmp_path):
+    """Flags of a run of seconds; the run folders are tmp_path/runs/exp*."""
+    cfg = tmp_path / "tiny.yaml"
+    cfg.write_text(yaml.safe_dump(tiny_spec))
+    return [
+        *("--data", str(tiny_dataset.yaml), "--cfg", str(cfg), "--weights", ""),
+        *("--img", "64", "--batch", "2", "--workers", "0", "--device", "cpu", "--amp", "off"),
+        *("--project", str(tmp_path / "runs"), "--nominal-batch", "4", "--noautoanchor"),
+    ]
+
+
+def results_of(run_dir):
+    with (run_dir / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def weights_of(path):
+    return load_checkpoint(path)["model"]
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def test_run_folder(base, tmp_path, draws):
+    train.main([*base, "--epochs", "2", "--save-period", "1"])
+    run = tmp_path / "runs/exp"
+    files = {p.name for p in run.iterdir()}
+    assert {"opt.yaml", "hyp.yaml", "results.csv", "results.png", "labels.jpg"} <= files
+    assert {"train_batch0.jpg", "train_batch1.jpg"} <= files
+    assert {p.name for p in (run / "weights").iterdir()} == {
+        *("best.pt", "last.pt", "epoch0.pt", "epoch1.pt")
+    }
+    rows = results_of(run)
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert float(rows[1]["train/box_loss"]) > 0
+    assert yaml.safe_load((run / "opt.yaml").read_text())["imgsz"] == 64
+    last = load_checkpoint(run / "weights/last.pt")
+    assert "training" not in last
+    assert last["epoch"] == 1
+    assert last["names"] == ["disc", "box", "bar"]
+
+
+def test_nosave_and_noval(base, tmp_path):
+    train.main([*base, "--epochs", "2", "--nosave", "--noval"])
+    run = tmp_path / "runs/exp"
+    rows = results_of(run)
+    assert rows[0]["metrics/mAP_0.5"] == ""
+    assert rows[1]["metrics/mAP_0.5"] != ""
+    assert load_checkpoint(run / "weights/last.pt")["epoch"] == 1
+
+
+class Interrupted(Exception):
+    pass
+
+
+def train_until(monkeypatch, epoch, flags):
+    """Run train.py and end it right after it has saved this epoch, as a kill would."""
+    save_epoch = train.save_epoch
+
+    def save_and_stop(run, current, result):
+        save_epoch(run, current, result)
+        if current == epoch:
+            raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "save_epoch", save_and_stop)
+        with pytest.raises(Interrupted):
+            train.main(flags)
+
+
+RESUME_CASES = {
+    "dense SGD": [],
+    "dense AdamW, image weights": ["--optimizer", "AdamW", "--image-weights", "--cos-lr"],
+    "sparse, multi-scale": ["--bn_sparsity", "--sparsity_rate", "0.01", "--multi-scale"],
+}
+
+
+@pytest.mark.parametrize("case", RESUME_CASES)
+def test_resumed_run_equals_the_uninterrupted_one(base, tmp_path, monkeypatch, case):
+    flags = [*base, "--epochs", "3", *RESUME_CASES[case]]
+    train.main([*flags, "--name", "whole"])
+    train_until(monkeypatch, 0, [*flags, "--name", "parts"])
+    parts, whole = tmp_path / "runs/parts", tmp_path / "runs/whole"
+    assert len(results_of(parts)) == 1
+    train.main(["--resume", str(parts / "weights/last.pt")])
+    assert_same_weights(
+        weights_of(parts / "weights/last.pt"), weights_of(whole / "weights/last.pt")
+    )
+    assert results_of(parts) == results_of(whole)
+    best = [load_checkpoint(run / "weights/best.pt")["epoch"] for run in (parts, whole)]
+    assert best[0] == best[1]
+
+
+def test_finished_run_cannot_be_resumed(base, tmp_path):
+    train.main([*base, "--epochs", "1"])
+    with pytest.raises(ValueError, match="finished"):
+        train.main(["--resume", str(tmp_path / "runs/exp/weights/last.pt")])
+
+
+def test_batches_do_not_depend_on_workers(base, tmp_path):
+    for workers in ("0", "2"):
+        train.main([*base, "--epochs", "2", "--workers", workers, "--name", f"w{workers}"])
+    runs = tmp_path / "runs"
+    assert_same_weights(
+        weights_of(runs / "w0/weights/last.pt"), weights_of(runs / "w2/weights/last.pt")
+    )
+
+
+def test_rate_zero_changes_nothing(base, tmp_path):
+    flags = [*base, "--epochs", "2", "--optimizer", "AdamW"]
+    train.main([*flags, "--name", "dense"])
+    train.main([*flags, "--name", "sparse", "--bn_sparsity", "--sparsity_rate", "0"])
+    runs = tmp_path / "runs"
+    dense, sparse = (weights_of(runs / name / "weights/last.pt") for name in ("dense", "sparse"))
+    assert_same_weights(dense, sparse)
+
+
+def test_sparse_run_reports_and_shrinks_gamma(base, tmp_path, draws):
+    train.main([*base, "--epochs", "6", "--bn_sparsity", "--sparsity_rate", "1"])
+    run = tmp_path / "runs/exp"
+    rows = results_of(run)
+    assert (run / "bn_gamma.png").stat().st_size > 10_000
+    rates = [float(row["sparsity_rate"]) for row in rows]
+    assert rates == pytest.approx([1 - 0.9 * epoch / 6 for epoch in range(6)])
+    assert float(rows[-1]["gamma/q50"]) < float(rows[0]["gamma/q50"]) < 1
+    assert 0 <= float(rows[-1]["gamma/suggested_percent"]) < 1
+
+
+def build_step_run(tiny_spec, precision_scale: float):
+    """A Run with just enough in it for `optimizer_step`."""
+    torch.manual_seed(0)
+    model = Model(ModelSpec.from_dict(tiny_spec))
+    scaler = torch.amp.GradScaler("cpu", init_scale=precision_scale, enabled=precision_scale != 1)
+    run = train.Run(**dict.fromkeys(f.name for f in dataclasses.fields(train.Run)
+                                    if f.default is dataclasses.MISSING
+                                    and f.default_factory is dataclasses.MISSING))  # fmt: skip
+    run.model, run.scaler, run.ema = model, scaler, train.ModelEma(model)
+    run.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run.penalty = SparsityPenalty(model, 0.01, 10)
+    return run
+
+
+@pytest.mark.parametrize(("scale", "micro_batches"), [(65536.0, 1), (1.0, 3), (1024.0, 2)])
+def test_rate_means_the_same_with_loss_scaling_and_accumulation(tiny_spec, scale, micro_batches):
+    """Failure 1 of other tools: the term divided by the scale, or added once per micro-batch."""
+    run = build_step_run(tiny_spec, scale)
+    before = {n: b.weight.detach().clone() for n, b in run.penalty.batchnorms.items()}
+    for _ in range(micro_batches):
+        zero = sum((p * 0).sum() for p in run.model.parameters())
+        run.scaler.scale(zero).backward()
+    train.optimizer_step(run, epoch=0)
+    for name, norm in run.penalty.batchnorms.items():
+        torch.testing.assert_close(norm.weight.detach(), before[name] - 0.1 * 0.01)
+
+
+def test_loss_falls_on_one_batch(tiny_spec):
+    torch.manual_seed(0)
+    model = Model(ModelSpec.from_dict(tiny_spec)).train()
+    images = torch.rand(2, 3, 64, 64)
+    targets = torch.tensor([[0, 1, 0.5, 0.5, 0.3, 0.4], [1, 2, 0.3, 0.6, 0.5, 0.2]])
+    loss_fn = DetectionLoss(model.head.anchors, train.LossSettings(box=0.05, obj=1, cls=0.5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(30):
+        loss, _ = loss_fn(model(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.fixture
+def slim_weights(tiny_spec, tmp_path):
+    model = Model(ModelSpec.from_dict(tiny_spec))
+    widths = {path: width - 1 for path, width in model.widths().items()}
+    path = tmp_path / "slim.pt"
+    save_checkpoint(path, build_checkpoint(Model(model.spec.with_widths(widths)), ("a", "b", "c")))
+    return path, widths
+
+
+def test_fine_tuning_keeps_the_slim_shape_also_when_resumed(
+    base, slim_weights, tmp_path, monkeypatch
+):
+    path, widths = slim_weights
+    flags = [*base, "--weights", str(path), "--ft_pruned_model", "--epochs", "2"]
+    train_until(monkeypatch, 0, flags)
+    last = tmp_path / "runs/exp/weights/last.pt"
+    assert load_detector(last).model.widths() == widths
+    train.main(["--resume", str(last)])
+    assert load_detector(last).model.widths() == widths
+
+
+def test_pruned_yaml_trains_from_scratch(base, slim_weights, tmp_path):
+    path, widths = slim_weights
+    cfg = tmp_path / "slim.yaml"
+    cfg.write_text(yaml.safe_dump(load_checkpoint(path)["spec"]))
+    train.main([*base, "--cfg", str(cfg), "--epochs", "1"])
+    assert load_detector(tmp_path / "runs/exp/weights/last.pt").model.widths() == widths
+
+
+def test_early_stopping(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.EvaluationResult, "fitness", property(lambda _: 0.5))
+    train.main([*base, "--epochs", "9", "--patience", "2"])
+    assert len(results_of(tmp_path / "runs/exp")) == 3
+
+
+def test_freeze_leaves_rows_and_their_statistics_alone(base, slim_weights, tmp_path):
+    path, _ = slim_weights
+    flags = ["--weights", str(path), "--ft_pruned_model", "--freeze", "3", "--epochs", "1"]
+    train.main([*base, *flags])
+    before, after = (weights_of(p) for p in (path, tmp_path / "runs/exp/weights/last.pt"))
+    for name, value in before.items():
+        frozen = int(name.split(".")[1]) < 3
+        same = torch.allclose(value.float(), after[name].float(), rtol=1e-3, atol=1e-6)
+        assert same or not frozen, name
+        assert not same or not name.endswith(("running_mean", "m.0.bias")) or frozen, name
+
+
+def test_nan_loss_stops_before_the_step(base, tmp_path, monkeypatch):
+    class Broken(DetectionLoss):
+        def __call__(self, logits, targets):
+            loss, parts = super().__call__(logits, targets)
+            return loss * float("nan"), parts
+
+    monkeypatch.setattr(train, "DetectionLoss", Broken)
+    with pytest.raises(FloatingPointError, match=r"nan in epoch 0 .*\.(jpg|png)"):
+        train.main([*base, "--epochs", "1"])
+
+
+REFUSED = {
+    "two stages": (["--bn_sparsity", "--ft_pruned_model"], "different stages"),
+    "rate without penalty": (["--sparsity_rate", "0.1"], "only with --bn_sparsity"),
+    "no network": (["--weights", "", "--cfg", ""], "give --cfg"),
+    "nothing to fine-tune": (["--ft_pruned_model"], "give --weights"),
+    "resume with options": (["--resume", "x.pt"], "cannot be changed"),
+    "epochs": (["--epochs", "0"], "--epochs is 0"),
+    "rate not finite": (["--bn_sparsity", "--sparsity_rate", "nan"], "--sparsity-rate is nan"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_conflicts_are_refused_first(base, capsys, case):
+    flags, words = REFUSED[case]
+    with pytest.raises(SystemExit) as caught:
+        train.main([*base, *flags])
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "words"),
+    [
+        (["--data", "none.yaml"], FileNotFoundError, "none.yaml"),
+        (["--cfg", "yolov5q.yaml"], FileNotFoundError, "yolov5q.yaml"),
+        (["--weights", "none.pt"], FileNotFoundError, "none.pt"),
+        (["--hyp", "hyp.none.yaml"], FileNotFoundError, "hyp.none"),
+        (["--freeze", "99"], ValueError, "row 98 does not exist"),
+    ],
+)
+def test_what_is_not_there_is_named(base, flags, error, words):
+    with pytest.raises(error, match=words):
+        train.main([*base, *flags, "--epochs", "1"])
+
+
+def test_pruned_weights_without_the_flag_are_not_widened(base, slim_weights, tiny_dataset):
+    path, _ = slim_weights
+    with pytest.raises(ValueError, match="--ft_pruned_model"):
+        train.main([*base, "--weights", str(path)])
+
+
+def test_dense_weights_with_the_flag_are_refused(base, tiny_spec, tmp_path):
+    path = tmp_path / "dense.pt"
+    content = build_checkpoint(Model(ModelSpec.from_dict(tiny_spec)), ("a", "b", "c"))
+    save_checkpoint(path, content)
+    with pytest.raises(ValueError, match="not a pruned model"):
+        train.main([*base, "--weights", str(path), "--ft_pruned_model"])

@@ -1,0 +1,248 @@
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+import val
+from models import Model, ModelSpec
+from utils.checkpoint import build_checkpoint, save_checkpoint
+from utils.config import load_dataset_spec
+from utils.dataset import scan_split
+
+PICTURES = {
+    "confusion_matrix.png", "PR_curve.png", "P_curve.png", "R_curve.png", "F1_curve.png",
+    "val_batch0_labels.jpg", "val_batch0_pred.jpg",
+}  # fmt: skip
+
+
+@pytest.fixture
+def weights(tiny_spec, tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "tiny.pt"
+    model = Model(ModelSpec.from_dict(tiny_spec))
+    save_checkpoint(path, build_checkpoint(model, ("disc", "box", "bar")))
+    return path
+
+
+@pytest.fixture
+def command(weights, tiny_dataset, tmp_path):
+    """Arguments for a run on the tiny data set, results in `tmp_path/runs`."""
+    return [
+        "--weights", str(weights), "--data", str(tiny_dataset.yaml), "--img", "96", "--batch", "4",
+        "--workers", "0", "--device", "cpu", "--project", str(tmp_path / "runs"),
+    ]  # fmt: skip
+
+
+def files_of(run_dir):
+    return {path.name for path in run_dir.iterdir()}
+
+
+# ------------------------------------------------------------------------------------- options
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--conf-thres", "1.5"], "--conf-thres is 1.5, expected 0 to 1"),
+        (["--conf-thres", "nan"], "--conf-thres is nan"),
+        (["--iou-thres", "-0.1"], "--iou-thres is -0.1"),
+        (["--batch-size", "0"], "--batch-size is 0, expected at least 1"),
+        (["--img", "0"], "--imgsz is 0"),
+        (["--max-det", "0"], "--max-det is 0"),
+        (["--workers", "-1"], "--workers is -1"),
+        (["--save-conf"], "--save-conf acts only with --save-txt"),
+        (["--task", "speed", "--save-json"], "--save-json does not act with --task speed"),
+        (["--task", "study", "--save-txt"], "--save-txt does not act with --task study"),
+        (["--task", "play"], "invalid choice"),
+        (["--weights", "a.pt", "b.pt"], "several --weights"),
+        (["--imgsz", "big"], "invalid int value"),
+        (["--half-precision"], "unrecognized arguments"),
+    ],
+)
+def test_bad_options(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        val.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_spellings_and_defaults():
+    options = val.parse_args(["--batch", "4", "--img", "320", "--data", "a", "--data", "b"])
+    assert (options.batch_size, options.imgsz, options.data) == (4, 320, "b")
+    assert (options.conf_thres, options.iou_thres, options.max_det) == (0.001, 0.6, 300)
+    assert val.parse_args(["--img-size", "64"]).imgsz == 64
+    assert val.parse_args(["--imgsz", "64"]).imgsz == 64
+
+
+def test_speed_uses_thresholds_of_use():
+    options = val.parse_args(["--task", "speed"])
+    assert (options.conf_thres, options.iou_thres) == (0.25, 0.45)
+    assert val.parse_args(["--task", "speed", "--conf", "0.1"]).conf_thres == 0.1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "error", "message"),
+    [
+        ("--weights", "none.pt", FileNotFoundError, "none.pt"),
+        ("--data", "none.yaml", FileNotFoundError, "none.yaml"),
+        ("--device", "mars", ValueError, "--device mars"),
+        ("--half", None, ValueError, "--half needs a GPU"),
+    ],
+)
+def test_bad_values(command, flag, value, error, message):
+    extra = [flag] if value is None else [flag, value]
+    with pytest.raises(error, match=message):
+        val.main([*command, *extra])
+
+
+def test_wrong_number_of_classes(command, tiny_dataset):
+    content = yaml.safe_load(tiny_dataset.yaml.read_text())
+    content |= {"nc": 4, "names": ["a", "b", "c", "d"]}
+    tiny_dataset.yaml.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"detects 3 classes, .* names 4; .*--single-cls"):
+        val.main(command)
+
+
+def test_missing_split(command):
+    with pytest.raises(ValueError, match="no key 'test'"):
+        val.main([*command, "--task", "test"])
+
+
+def test_no_labels_at_all(command, tiny_dataset):
+    shutil.rmtree(tiny_dataset.labels)
+    with pytest.raises(ValueError, match="no labels"):
+        val.main(command)
+
+
+# --------------------------------------------------------------------------------------- results
+def test_everything_is_saved(command, tmp_path, caplog):
+    caplog.set_level("INFO")
+    val.main([*command, "--verbose", "--save-txt", "--save-conf", "--save-json"])
+    run_dir = tmp_path / "runs/exp"
+    assert files_of(run_dir) == PICTURES | {
+        "opt.yaml", "results.json", "labels", "predictions.json", "annotations.json",
+        "pycocotools.txt",
+    }  # fmt: skip
+    assert all((run_dir / name).stat().st_size > 1000 for name in PICTURES)
+    results = json.loads((run_dir / "results.json").read_text())
+    assert (results["images"], results["labels"], results["imgsz"]) == (4, 6, 96)
+    assert [row["name"] for row in results["classes"]] == ["disc", "box", "bar"]
+    assert yaml.safe_load((run_dir / "opt.yaml").read_text())["save_conf"] is True
+    for text in ("mAP@.5:.95", "disc", "speed per image at 96 px", "Average Precision", "GFLOPs"):
+        assert text in caplog.text
+    val.main(command)
+    assert (tmp_path / "runs/exp2").is_dir()
+
+
+def test_text_files_match_the_json(command, tmp_path, tiny_dataset):
+    val.main([*command, "--save-txt", "--save-conf", "--save-json", "--noplots"])
+    run_dir = tmp_path / "runs/exp"
+    assert {path.name for path in (run_dir / "labels").iterdir()} == {
+        "a.txt", "b.txt", "c.txt", "d.txt"
+    }  # fmt: skip
+    found = json.loads((run_dir / "predictions.json").read_text())
+    images = json.loads((run_dir / "annotations.json").read_text())["images"]
+    assert len(found) > 0
+    for image in images:
+        rows = [row for row in found if row["image_id"] == image["id"]]
+        lines = (run_dir / "labels" / image["file_name"]).with_suffix(".txt").read_text()
+        assert len(lines.splitlines()) == len(rows)
+        for line, row in zip(lines.splitlines(), rows, strict=True):
+            cls, cx, cy, w, h, conf = map(float, line.split())
+            assert 0 <= cx - w / 2 + 1e-5 <= cx + w / 2 <= 1 + 1e-5
+            left, top = (cx - w / 2) * image["width"], (cy - h / 2) * image["height"]
+            assert [left, top] == pytest.approx(row["bbox"][:2], abs=2e-3)
+            assert (cls + 1, conf) == pytest.approx((row["category_id"], row["score"]), abs=1e-5)
+    assert not PICTURES & files_of(run_dir)
+
+
+def test_text_files_can_serve_as_labels(command, tmp_path, tiny_dataset):
+    """Without confidences the files have the form of the data set's own labels."""
+    val.main([*command, "--save-txt", "--max-det", "5", "--noplots"])
+    shutil.rmtree(tiny_dataset.labels)
+    (tmp_path / "runs/exp/labels").rename(tiny_dataset.labels)
+    spec = load_dataset_spec(tiny_dataset.yaml, tiny_dataset.root)
+    split = scan_split(spec.val, spec.names, cache=False)
+    assert split.report.num_boxes > 0
+    assert split.report.num_missing_labels == 0
+
+
+def test_annotations_hold_the_labels(command, tmp_path):
+    val.main([*command, "--save-json", "--noplots"])
+    content = json.loads((tmp_path / "runs/exp/annotations.json").read_text())
+    first = next(image for image in content["images"] if image["file_name"] == "a.jpg")
+    boxes = [a["bbox"] for a in content["annotations"] if a["image_id"] == first["id"]]
+    assert [round(number) for number in boxes[0]] == [20, 20, 40, 40]
+    assert (first["width"], first["height"]) == (128, 96)
+
+
+def test_equal_file_names_do_not_overwrite_each_other(tmp_path):
+    files = val._text_files(["/x/one/a.jpg", "/x/two/a.jpg", "/x/two/b.jpg"], tmp_path)
+    assert [path.name for path in files.values()] == ["one_a.txt", "two_a.txt", "b.txt"]
+
+
+def test_single_cls(command, tmp_path):
+    val.main([*command, "--single-cls", "--save-json"])
+    results = json.loads((tmp_path / "runs/exp/results.json").read_text())
+    assert [row["name"] for row in results["classes"]] == ["disc"]
+    found = json.loads((tmp_path / "runs/exp/predictions.json").read_text())
+    assert {row["category_id"] for row in found} == {1}
+
+
+def test_task_train(command, tmp_path):
+    val.main([*command, "--task", "train", "--noplots"])
+    assert (tmp_path / "runs/exp/results.json").is_file()
+
+
+def test_task_speed_reports_time_only(command, tmp_path, caplog):
+    caplog.set_level("INFO")
+    val.main([*command, "--task", "speed"])
+    assert files_of(tmp_path / "runs/exp") == {"opt.yaml"}
+    assert "speed per image" in caplog.text
+    assert "mAP" not in caplog.text
+
+
+def test_task_study_sweeps_over_sizes(command, tmp_path, monkeypatch):
+    assert list(val.STUDY_SIZES) == [256, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1408, 1536]
+    monkeypatch.setattr(val, "STUDY_SIZES", (64, 96))
+    val.main([*command, "--task", "study"])
+    run_dir = tmp_path / "runs/exp"
+    with (run_dir / "study.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["imgsz"] for row in rows] == ["64", "96"]
+    assert all(float(row["inference_ms"]) > 0 for row in rows)
+    assert (run_dir / "study.png").stat().st_size > 1000
+
+
+def test_size_is_rounded_up(command, tmp_path, caplog):
+    val.main([*command, "--img", "90", "--noplots"])
+    assert "--imgsz 90 is not a multiple of 16; using 96" in caplog.text
+    assert json.loads((tmp_path / "runs/exp/results.json").read_text())["imgsz"] == 96
+
+
+def test_folding_changes_nothing(command, tmp_path, weights, monkeypatch):
+    val.main([*command, "--noplots"])
+    monkeypatch.setattr(Model, "fuse", lambda self: self)
+    val.main([*command, "--noplots"])
+    first, second = (
+        json.loads((tmp_path / f"runs/{name}/results.json").read_text()) for name in ("exp", "exp2")
+    )
+    assert first["map50"] == pytest.approx(second["map50"], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("extra", "code", "message"),
+    [([], 0, ""), (["--weights", "none.pt"], 1, "error: none.pt: no such file")],
+)
+def test_as_a_command(command, request, extra, code, message):
+    script = request.config.rootpath / "val.py"
+    done = subprocess.run(
+        [sys.executable, str(script), *command, *extra], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith(message)

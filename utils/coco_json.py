@@ -1,0 +1,162 @@
+"""Ground truth and detections as COCO JSON, and their score by pycocotools.
+
+Works for any data set: where there is no COCO annotation file, one is written from the labels.
+Boxes are `[x, y, w, h]` here, with the left top corner, in pixels of the original image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+# COCO numbers its 80 classes from 1 to 90 and leaves these numbers out.
+_UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+COCO_CATEGORY_IDS = tuple(i for i in range(1, 91) if i not in _UNUSED_COCO_IDS)
+
+
+class CocoIds(NamedTuple):
+    """How images and classes are numbered in the JSON files of one data set."""
+
+    images: dict[str, int]  # by path
+    categories: tuple[int, ...]  # by class
+    annotations: Path | None  # the data set's own annotation file; None: made from the labels
+
+
+class CocoScore(NamedTuple):
+    """What pycocotools says; -1 where there is nothing to score."""
+
+    map50_95: float
+    map50: float
+    summary: str  # its table of twelve lines
+
+
+def number_for_coco(paths: Sequence[str], num_classes: int) -> CocoIds:
+    """Use COCO's own numbers if this is COCO with its annotation file, else count from 1.
+
+    COCO's images lie in `.../images/<split>/<image id>.jpg` and its annotations in
+    `.../annotations/instances_<split>.json`.
+    """
+    annotations = _find_annotations(paths) if num_classes == len(COCO_CATEGORY_IDS) else None
+    if annotations is not None:
+        images = {path: int(Path(path).stem) for path in paths}
+        return CocoIds(images, COCO_CATEGORY_IDS, annotations)
+    images = {path: number for number, path in enumerate(sorted(paths), start=1)}
+    return CocoIds(images, tuple(range(1, num_classes + 1)), None)
+
+
+def _find_annotations(paths: Sequence[str]) -> Path | None:
+    folders = {Path(path).parent for path in paths}
+    if len(folders) != 1 or not all(Path(path).stem.isdecimal() for path in paths):
+        return None
+    folder = folders.pop()
+    file = folder.parent.parent / "annotations" / f"instances_{folder.name}.json"
+    return file if file.is_file() else None
+
+
+def ground_truth_as_coco(
+    paths: Sequence[str],
+    labels: Sequence[np.ndarray],
+    shapes_hw: np.ndarray,
+    names: Sequence[str],
+    ids: CocoIds,
+) -> dict[str, Any]:
+    """Write labels in the form of a COCO annotation file.
+
+    Args:
+        paths: [N] images.
+        labels: per image [n, 5] class, cx, cy, w, h normalised to the original image.
+        shapes_hw: [N, 2] sizes of the original images.
+        names: class names.
+        ids: from `number_for_coco`.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for path, rows, (height, width) in zip(paths, labels, np.asarray(shapes_hw), strict=True):
+        image_id = ids.images[path]
+        images.append(
+            {
+                "id": image_id,
+                "file_name": Path(path).name,
+                "width": int(width),
+                "height": int(height),
+            }
+        )
+        for cls, cx, cy, w, h in np.asarray(rows, np.float64).tolist():
+            box_w, box_h = w * float(width), h * float(height)
+            left, top = cx * float(width) - box_w / 2, cy * float(height) - box_h / 2
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,  # pycocotools takes 0 for "no match"
+                    "image_id": image_id,
+                    "category_id": ids.categories[int(cls)],
+                    "bbox": [left, top, box_w, box_h],
+                    "area": box_w * box_h,
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": i, "name": name} for i, name in zip(ids.categories, names, strict=True)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def detections_as_coco(detections: Tensor, path: str, ids: CocoIds) -> list[dict[str, Any]]:
+    """Turn the detections of one image, [M, 6] in its original pixels, into COCO results."""
+    image_id = ids.images[path]
+    results = []
+    for x1, y1, x2, y2, conf, cls in detections.tolist():
+        results.append(
+            {
+                "image_id": image_id,
+                "category_id": ids.categories[int(cls)],
+                "bbox": [round(x1, 3), round(y1, 3), round(x2 - x1, 3), round(y2 - y1, 3)],
+                "score": round(conf, 5),
+            }
+        )
+    return results
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write compact JSON."""
+    path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+
+
+def score_with_pycocotools(annotations: Path, results: Path, image_ids: Sequence[int]) -> CocoScore:
+    """Score a results file against an annotation file, both as COCO has them.
+
+    Only the given images count. At most 100 detections per image are looked at, the COCO rule.
+
+    Raises:
+        ValueError: the files do not fit together.
+    """
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        ground_truth = COCO(str(annotations))
+        rows = json.loads(results.read_text(encoding="utf-8"))
+        evaluation = COCOeval(ground_truth, _load_results(ground_truth, rows), "bbox")
+        evaluation.params.imgIds = sorted(image_ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        printed.seek(0)
+        printed.truncate()
+        evaluation.summarize()
+    return CocoScore(float(evaluation.stats[0]), float(evaluation.stats[1]), printed.getvalue())
+
+
+def _load_results(ground_truth: COCO, rows: list[dict[str, Any]]) -> COCO:
+    unknown = {row["image_id"] for row in rows} - set(ground_truth.getImgIds())
+    if unknown:
+        raise ValueError(f"detections in images that the annotations lack: {sorted(unknown)[:5]}")
+    if rows:
+        return ground_truth.loadRes(rows)
+    nothing = COCO()  # loadRes fails on an empty list
+    nothing.dataset = {**ground_truth.dataset, "annotations": []}
+    nothing.createIndex()
+    return nothing

@@ -1,0 +1,265 @@
+"""The one evaluation loop, used by training, pruning and validation.
+
+Protocol: NMS with several labels a box, detections and labels matched in pixels of the original
+image, AP interpolated over 101 recalls.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.boxes import to_original, xyxy_from_cxcywh
+from utils.dataset import Batch
+from utils.metrics import (
+    IOU_THRESHOLDS,
+    ApResult,
+    ConfusionMatrix,
+    average_precision_per_class,
+    fitness,
+    match_detections,
+)
+from utils.nms import non_max_suppression
+from utils.profile import synchronize
+
+LossFunction = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
+BatchHook = Callable[[Batch, list[Tensor]], None]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What one pass over a data set gave; means are over the classes that have labels.
+
+    All figures are 0 where there is nothing to measure: no image, no label, no detection.
+    """
+
+    names: tuple[str, ...]
+    precision: float
+    recall: float
+    map50: float
+    map50_95: float
+    ap_result: ApResult  # per class, and the curves
+    num_labels_per_class: np.ndarray  # [K]
+    num_images_per_class: np.ndarray  # [K] images with at least one label of the class
+    confusion: ConfusionMatrix
+    losses: tuple[float, float, float] | None  # box, objectness, class; mean over images
+    speed_ms: tuple[float, float, float]  # pre-processing, inference, NMS; per image
+    num_images: int
+
+    @property
+    def num_labels(self) -> int:
+        """Labels of all classes."""
+        return int(self.num_labels_per_class.sum())
+
+    @property
+    def fitness(self) -> float:
+        """The figure by which epochs are compared."""
+        return fitness(self.map50, self.map50_95)
+
+
+class _Stopwatch:
+    """Adds up the seconds of the three stages, waiting for the device at each reading."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = [0.0, 0.0, 0.0]
+        self._start = 0.0
+
+    def start(self) -> None:
+        synchronize(self.device)
+        self._start = time.perf_counter()
+
+    def lap(self, stage: int) -> None:
+        synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[stage] += now - self._start
+        self._start = now
+
+    def ms_per_image(self, num_images: int) -> tuple[float, float, float]:
+        first, second, third = (s / max(num_images, 1) * 1e3 for s in self.seconds)
+        return first, second, third
+
+
+class _Tally:
+    """Matches image by image and remembers what the metrics need."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.correct = [np.zeros((0, len(IOU_THRESHOLDS)), bool)]
+        self.conf_cls = [np.zeros((0, 2), np.float32)]
+        self.label_cls = [np.zeros(0, np.int64)]
+        self.num_images_per_class = np.zeros(num_classes, np.int64)
+        self.confusion = ConfusionMatrix(num_classes)
+        self.num_images = 0
+
+    def add(self, detections: np.ndarray, labels: np.ndarray) -> None:
+        """Add one image: [M, 6] and [T, 5] (class, xyxy), both in original pixels."""
+        self.num_images += 1
+        label_cls = labels[:, 0].astype(np.int64)
+        self.correct.append(match_detections(detections, labels))
+        self.conf_cls.append(detections[:, 4:])
+        self.label_cls.append(label_cls)
+        self.num_images_per_class[np.unique(label_cls)] += 1
+        self.confusion.update(detections, labels)
+
+    def average_precision(self) -> tuple[ApResult, np.ndarray]:
+        """Per-class result, and labels per class [K]."""
+        conf, pred_cls = np.concatenate(self.conf_cls).T
+        label_cls = np.concatenate(self.label_cls)
+        result = average_precision_per_class(
+            np.concatenate(self.correct), conf, pred_cls, label_cls
+        )
+        return result, np.bincount(label_cls, minlength=self.num_classes)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    names: tuple[str, ...],
+    *,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+    conf_thres: float = 0.001,
+    iou_thres: float = 0.6,
+    max_det: int = 300,
+    single_cls: bool = False,
+    loss_fn: LossFunction | None = None,
+    on_batch: BatchHook | None = None,
+    progress: bool = True,
+) -> EvaluationResult:
+    """Detect in every image of the loader and compare with the labels.
+
+    Args:
+        model: network on `device`, in any mode, which it keeps; fold BN beforehand if wanted.
+        loader: any iterable of batches, in any order.
+        names: of the classes; their number must be that of the network, unless `single_cls`.
+        device: where the network is.
+        precision: the network computes in this type; a copy is cast if it is held in another.
+        conf_thres: least confidence of a detection. Near 0, or the AP loses its tail.
+        iou_thres: of NMS.
+        max_det: most detections per image.
+        single_cls: all detections and labels count as class 0.
+        loss_fn: (logits, targets) -> (total, parts [3]); adds the mean loss per image.
+        on_batch: called with the batch and its detections, per image [M, 6] on the CPU, xyxy in
+            pixels of the original image.
+        progress: show a progress bar, if this is a terminal.
+
+    Raises:
+        ValueError: the network does not have as many classes as there are names.
+    """
+    was_training = model.training
+    network = model.eval()
+    if next(model.parameters()).dtype != precision:
+        network = copy.deepcopy(model).to(precision)
+    names = names[:1] if single_cls else names
+    tally, watch = _Tally(len(names)), _Stopwatch(device)
+    loss_sum = torch.zeros(3, device=device)
+    try:
+        _warm_up(network, device, precision)
+        for batch in tqdm(loader, desc="evaluate", leave=False, disable=None if progress else True):
+            watch.start()
+            images = batch.images.to(device, non_blocking=True).to(precision) / 255
+            watch.lap(0)
+            predictions, logits = network(images)
+            watch.lap(1)
+            _check_num_classes(predictions.shape[2] - 5, names, single_cls)
+            if loss_fn is not None:
+                parts = loss_fn([y.float() for y in logits], batch.targets.to(device))[1]
+                loss_sum += parts * len(images)
+                watch.start()
+            detections = non_max_suppression(
+                predictions,
+                conf_thres,
+                iou_thres,
+                multi_label=True,
+                max_det=max_det,
+                agnostic=single_cls,
+            )
+            watch.lap(2)
+            detections = _in_original_pixels(detections, batch, single_cls)
+            for image_detections, labels in zip(
+                detections, _labels_in_original_pixels(batch, single_cls), strict=True
+            ):
+                tally.add(image_detections.numpy(), labels)
+            if on_batch is not None:
+                on_batch(batch, detections)
+    finally:
+        model.train(was_training)
+
+    losses = None
+    if loss_fn is not None:
+        box, obj, cls = (loss_sum / max(tally.num_images, 1)).tolist()
+        losses = (box, obj, cls)
+    return _summarise(tally, watch, names, losses)
+
+
+def _warm_up(network: nn.Module, device: torch.device, precision: torch.dtype) -> None:
+    """Let an accelerator select its kernels before the clock runs."""
+    if device.type != "cpu":
+        network(torch.zeros(1, 3, 256, 256, device=device, dtype=precision))
+
+
+def _check_num_classes(num_classes: int, names: tuple[str, ...], single_cls: bool) -> None:
+    if num_classes != len(names) and not single_cls:
+        raise ValueError(
+            f"the network detects {num_classes} classes, the data set names {len(names)} "
+            f"({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+        )
+
+
+def _in_original_pixels(detections: list[Tensor], batch: Batch, single_cls: bool) -> list[Tensor]:
+    mapped = []
+    for image_detections, letterbox in zip(detections, batch.letterboxes, strict=True):
+        rows = image_detections.cpu()
+        cls = torch.zeros_like(rows[:, 5:]) if single_cls else rows[:, 5:]
+        mapped.append(torch.cat((to_original(rows[:, :4], letterbox), rows[:, 4:5], cls), 1))
+    return mapped
+
+
+def _labels_in_original_pixels(batch: Batch, single_cls: bool) -> list[np.ndarray]:
+    """Per image [T, 5]: class, xyxy."""
+    height, width = batch.images.shape[2:]
+    targets = batch.targets.cpu().numpy().astype(np.float64)
+    boxes_xyxy = xyxy_from_cxcywh(targets[:, 2:] * (width, height, width, height))
+    classes = targets[:, 1:2] * (0 if single_cls else 1)
+    labels = []
+    for image, letterbox in enumerate(batch.letterboxes):
+        of_image = targets[:, 0] == image
+        boxes = to_original(boxes_xyxy[of_image], letterbox)
+        labels.append(np.concatenate((classes[of_image], boxes), 1))
+    return labels
+
+
+def _summarise(
+    tally: _Tally,
+    watch: _Stopwatch,
+    names: tuple[str, ...],
+    losses: tuple[float, float, float] | None,
+) -> EvaluationResult:
+    ap_result, num_labels_per_class = tally.average_precision()
+
+    def mean(values: np.ndarray) -> float:
+        return float(values.mean()) if values.size else 0.0
+
+    return EvaluationResult(
+        names=names,
+        precision=mean(ap_result.precision),
+        recall=mean(ap_result.recall),
+        map50=mean(ap_result.ap50),
+        map50_95=mean(ap_result.ap),
+        ap_result=ap_result,
+        num_labels_per_class=num_labels_per_class,
+        num_images_per_class=tally.num_images_per_class,
+        confusion=tally.confusion,
+        losses=losses,
+        speed_ms=watch.ms_per_image(tally.num_images),
+        num_images=tally.num_images,
+    )

@@ -1,0 +1,691 @@
+"""Pictures of a run. Functions take numbers and write a file; none of them knows a model.
+
+Drawn with matplotlib's `Figure` alone: no pyplot, hence no window, no global state and no
+display needed. Boxes on images are drawn with Pillow, which matplotlib brings along.
+"""
+
+import colorsys
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
+from numpy.typing import ArrayLike
+from PIL import Image, ImageDraw, ImageFont
+
+from utils.run_dir import read_results
+
+_NAMED_CLASSES = 20  # up to here a legend or a number per cell can still be read
+_GREY = "0.75"
+
+
+def class_colour(cls: int) -> tuple[int, int, int]:
+    """RGB 0-255 of a class; neighbours in the list of classes differ clearly."""
+    golden_ratio = 0.618034
+    hue = (0.02 + cls * golden_ratio) % 1.0
+    value = (1.0, 0.8, 0.9)[cls % 3]
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, value)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _save(figure: Figure, out: str | Path) -> None:
+    figure.savefig(out, dpi=110)
+
+
+def _as_numpy(values: Any) -> np.ndarray:
+    """Array of a tensor on any device, a list or an array."""
+    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+
+
+# --- training curves ------------------------------------------------------------------------
+
+# Panels of results.png: title, pattern of the columns that belong there. What matches no
+# pattern gets a panel per prefix, so new columns show up without a change here.
+_RESULT_PANELS = (
+    ("box loss", r"(train|val)/box_loss"),
+    ("objectness loss", r"(train|val)/obj_loss"),
+    ("class loss", r"(train|val)/cls_loss"),
+    ("precision and recall", r"metrics/(precision|recall)"),
+    ("mAP", r"metrics/mAP.*"),
+    ("learning rate", r"(x/)?lr.*"),
+    ("sparsity rate", r".*(sparsity_rate|/rate)"),
+    ("|gamma|, quantiles", r".*gamma.*/?(q|quantile)_?\d.*"),
+    ("share of small gammas", r".*(below|under).*"),
+    ("suggested percent", r".*suggested.*"),
+)
+
+
+def plot_results(csv_path: str | Path, out: str | Path) -> None:
+    """Draw the columns of `results.csv` over the epochs: losses, metrics, rates, gammas.
+
+    The legend gives the last value of each curve. Without a row the picture says so.
+    """
+    columns = read_results(csv_path)
+    epochs = columns.pop("epoch", [])
+    panels = _group_into_panels(columns)
+    if not epochs or not panels:
+        _save_note("no epoch finished yet", out)
+        return
+    num_columns = 3 if len(panels) <= 6 else 4
+    num_rows = math.ceil(len(panels) / num_columns)
+    figure = Figure(figsize=(4.4 * num_columns, 3.2 * num_rows), layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+    for axis, (title, names) in zip(axes, panels, strict=False):
+        _draw_curves(axis, title, epochs, {name: columns[name] for name in names})
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    _save(figure, out)
+
+
+def _group_into_panels(columns: Mapping[str, Sequence[float]]) -> list[tuple[str, list[str]]]:
+    """Titles with the columns that hold at least one number."""
+    left = [name for name, values in columns.items() if np.isfinite(values).any()]
+    panels = []
+    for title, pattern in _RESULT_PANELS:
+        names = [name for name in left if re.fullmatch(pattern, name)]
+        left = [name for name in left if name not in names]
+        panels.append((title, names))
+    for prefix in dict.fromkeys(name.rpartition("/")[0] for name in left):
+        names = [name for name in left if name.rpartition("/")[0] == prefix]
+        panels.append((prefix or "other", names))
+    return [(title, names) for title, names in panels if names]
+
+
+def _draw_curves(
+    axis: Axes, title: str, epochs: Sequence[float], curves: Mapping[str, Sequence[float]]
+) -> None:
+    marker = "o" if len(epochs) < 30 else ""
+    for name, values in curves.items():
+        finite = [value for value in values if math.isfinite(value)]
+        label = f"{_short_name(name, curves)}  {finite[-1]:.4g}"
+        style = "--" if name.startswith("val/") else "-"
+        axis.plot(epochs, values, style, marker=marker, markersize=3, linewidth=1.6, label=label)
+    axis.set_title(title, fontsize=11)
+    _set_epoch_axis(axis, epochs)
+    axis.xaxis.label.set_fontsize(8)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3)
+    if title in ("precision and recall", "mAP", "share of small gammas"):
+        axis.set_ylim(0, 1)
+    axis.legend(fontsize=8, framealpha=0.7, ncols=1 if len(curves) <= 4 else 2)
+
+
+def _set_epoch_axis(axis: Axes, epochs: Sequence[float]) -> None:
+    axis.set_xlabel("epoch")
+    if len(epochs) == 1:
+        axis.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
+        axis.set_xticks([epochs[0]])
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _short_name(name: str, curves: Mapping[str, Sequence[float]]) -> str:
+    """`train` or `val` where that is the difference, else what follows the last slash."""
+    prefix, _, rest = name.rpartition("/")
+    return prefix if prefix in ("train", "val") and len(curves) <= 2 else rest
+
+
+def _save_note(text: str, out: str | Path) -> None:
+    """A picture that says why there is nothing to see."""
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=14, color="0.4")
+    _save(figure, out)
+
+
+# --- labels of a data set -------------------------------------------------------------------
+
+
+def plot_labels(labels: ArrayLike, names: Sequence[str], out: str | Path) -> None:
+    """Draw class counts, box centres, widths against heights, and the sizes of the boxes.
+
+    Args:
+        labels: all boxes of the split, [n, 5]: class, cx, cy, w, h normalised. May be empty.
+        names: class names in order.
+        out: picture file.
+    """
+    boxes = _as_numpy(labels).reshape(-1, 5).astype(np.float64)
+    if not len(boxes):
+        _save_note("no labels", out)
+        return
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    grid = figure.add_gridspec(2, 3, height_ratios=(1, 1.15))
+    _draw_class_counts(figure.add_subplot(grid[0, :]), boxes[:, 0].astype(np.int64), names)
+    _draw_density(figure.add_subplot(grid[1, 0]), boxes[:, 1], boxes[:, 2], "box centres", "x", "y")
+    shapes = figure.add_subplot(grid[1, 1])
+    _draw_density(shapes, boxes[:, 3], boxes[:, 4], "box shapes", "width", "height")
+    _draw_box_sizes(figure.add_subplot(grid[1, 2]), boxes[:, 3], boxes[:, 4])
+    _save(figure, out)
+
+
+def _draw_class_counts(axis: Axes, classes: np.ndarray, names: Sequence[str]) -> None:
+    num_classes = max(len(names), int(classes.max()) + 1)
+    counts = np.bincount(classes, minlength=num_classes)
+    colours = [np.divide(class_colour(cls), 255) for cls in range(num_classes)]
+    width = min(0.8, 0.12 * num_classes)
+    bars = axis.bar(range(num_classes), counts, width, color=colours)
+    if num_classes <= _NAMED_CLASSES:
+        axis.bar_label(bars, fontsize=9)
+    axis.set_title(f"{len(classes)} boxes of {num_classes} classes", fontsize=11)
+    axis.set_ylabel("boxes")
+    axis.set_xlim(-0.6, num_classes - 0.4)
+    axis.margins(y=0.12)
+    _label_classes(axis, "x", [*names, *map(str, range(len(names), num_classes))])
+
+
+def _label_classes(axis: Axes, which: str, names: Sequence[str]) -> None:
+    """Class names at the ticks 0, 1, 2 ... of the axis; numbers alone above 120 classes."""
+    if len(names) > 120:
+        return
+    few = len(names) <= _NAMED_CLASSES
+    style: dict[str, Any] = {"fontsize": 9 if few else 6.5}
+    if which == "x":
+        crowded = sum(len(name) + 2 for name in names) > 110
+        style |= {"rotation": 90 if not few else 40 if crowded else 0}
+        if style["rotation"] == 40:
+            style |= {"ha": "right", "rotation_mode": "anchor"}
+        axis.set_xticks(range(len(names)), names, **style)
+    else:
+        axis.set_yticks(range(len(names)), names, **style)
+
+
+def _draw_density(axis: Axes, x: np.ndarray, y: np.ndarray, title: str, x_name: str, y_name: str):
+    counts, *edges = np.histogram2d(x, y, bins=50, range=((0, 1), (0, 1)))
+    shown = np.ma.masked_less(counts.T, 1)
+    mesh = axis.pcolormesh(*edges, shown, cmap="viridis_r", norm=LogNorm(1, max(counts.max(), 2)))
+    ticks = LogLocator(subs=(1, 2, 5))
+    bar = axis.figure.colorbar(mesh, ax=axis, shrink=0.8, ticks=ticks, format="%d")
+    bar.ax.minorticks_off()
+    bar.ax.set_title("boxes", fontsize=9)
+    axis.set(title=title, aspect="equal", xlim=(0, 1), ylim=(0, 1))
+    axis.set_xlabel(f"{x_name} (share of the image)")
+    axis.set_ylabel(f"{y_name} (share of the image)")
+    if y_name == "y":
+        axis.invert_yaxis()  # as in the image: y grows downwards
+    axis.title.set_fontsize(11)
+    axis.grid(alpha=0.3)
+
+
+def _draw_box_sizes(axis: Axes, widths: np.ndarray, heights: np.ndarray) -> None:
+    sizes = np.sqrt(np.maximum(widths * heights, 0))
+    axis.hist(sizes, bins=list(np.linspace(0, 1, 51)), color="tab:blue")
+    axis.axvline(np.median(sizes), color="tab:red", label=f"median {np.median(sizes):.3f}")
+    axis.set_title("box sizes", fontsize=11)
+    axis.set_xlabel("√area (share of the image)")
+    axis.set_ylabel("boxes")
+    axis.set_xlim(0, max(0.1, float(sizes.max()) * 1.05))
+    axis.legend(fontsize=9)
+
+
+# --- batches --------------------------------------------------------------------------------
+
+
+def plot_batch(
+    images: Any,
+    boxes: Any,
+    paths: Sequence[str],
+    names: Sequence[str],
+    out: str | Path,
+    *,
+    max_images: int = 16,
+    min_conf: float = 0.25,
+) -> None:
+    """Draw a mosaic of the first images of a batch with boxes, class names and file names.
+
+    Args:
+        images: uint8 [B, 3, H, W] RGB, or float 0-1.
+        boxes: either `targets` [T, 6] (image index, class, cx, cy, w, h normalised), or a list
+            with the `detections` of each image [M, 6]: xyxy in pixels of the network input,
+            confidence, class.
+        paths: file of each image; the name is written on its tile.
+        names: class names in order.
+        out: picture file.
+        max_images: so many tiles at most.
+        min_conf: detections below it are not drawn.
+    """
+    tiles = _as_numpy(images)[:max_images]
+    if tiles.dtype != np.uint8:
+        tiles = (tiles.clip(0, 1) * 255).round().astype(np.uint8)
+    tiles = tiles.transpose(0, 2, 3, 1)
+    num_images, height, width, _ = tiles.shape
+    per_image = _boxes_per_image(boxes, num_images, height, width)
+    num_columns = math.ceil(math.sqrt(num_images))
+    num_rows = math.ceil(num_images / num_columns)
+    scale = min(1920 / (num_columns * width), 1920 / (num_rows * height), 4.0)
+    tile_wh = max(round(width * scale), 1), max(round(height * scale), 1)
+    canvas = Image.new("RGB", (num_columns * tile_wh[0], num_rows * tile_wh[1]), (255, 255, 255))
+    for index in range(num_images):
+        tile = Image.fromarray(tiles[index]).resize(tile_wh, Image.Resampling.BILINEAR)
+        kept = per_image[index][per_image[index][:, 4] >= min_conf]
+        _draw_boxes(tile, kept * [scale, scale, scale, scale, 1, 1], names)
+        _draw_caption(tile, Path(paths[index]).name)
+        corner = index % num_columns * tile_wh[0], index // num_columns * tile_wh[1]
+        canvas.paste(tile, corner)
+    canvas.save(out)
+
+
+def _boxes_per_image(boxes: Any, num_images: int, height: int, width: int) -> list[np.ndarray]:
+    """Per image [M, 6] xyxy in pixels, confidence, class; labels have confidence infinity."""
+    if isinstance(boxes, list | tuple):
+        return [_as_numpy(found).reshape(-1, 6).astype(np.float64) for found in boxes]
+    targets = _as_numpy(boxes).reshape(-1, 6).astype(np.float64)
+    centre = targets[:, 2:4] * (width, height)
+    half = targets[:, 4:6] * (width, height) / 2
+    confidence = np.full(len(targets), np.inf)
+    found = np.column_stack([centre - half, centre + half, confidence, targets[:, 1]])
+    return [found[targets[:, 0] == index] for index in range(num_images)]
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib ships."""
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(path), size)
+
+
+def _font_size(tile: Image.Image) -> int:
+    return int(np.clip(tile.width / 36, 10, 22))
+
+
+def _draw_boxes(tile: Image.Image, boxes: np.ndarray, names: Sequence[str]) -> None:
+    """Frames first, then the labels, so that no frame runs through a label."""
+    draw, font = ImageDraw.Draw(tile), _font(_font_size(tile))
+    line_width = max(2, round(tile.width / 240))
+    for x1, y1, x2, y2, _, cls in boxes:
+        corners = (x1, y1, max(x2, x1 + 1), max(y2, y1 + 1))
+        draw.rectangle(corners, outline=class_colour(int(cls)), width=line_width)
+    for x1, y1, _, _, confidence, cls in boxes:
+        name = names[int(cls)] if int(cls) < len(names) else str(int(cls))
+        text = name if math.isinf(confidence) else f"{name} {confidence:.2f}"
+        _draw_text(draw, (x1, y1), text, font, class_colour(int(cls)), tile.size)
+
+
+def _draw_text(
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[float, float],
+    text: str,
+    font: ImageFont.FreeTypeFont,
+    colour: tuple[int, int, int],
+    size_wh: tuple[int, int],
+) -> None:
+    """Text on a plate that sits on the corner of a box, moved so that it stays in the tile."""
+    left, top, right, bottom = font.getbbox(text)
+    width, height = right - left + 4, bottom - top + 4
+    x = min(max(corner[0], 0), max(size_wh[0] - width, 0))
+    y = corner[1] - height if corner[1] >= height else max(corner[1], 0)
+    draw.rectangle((x, y, x + width, y + height), fill=colour)
+    luminance = np.dot(colour, (0.299, 0.587, 0.114))
+    ink = (0, 0, 0) if luminance > 130 else (255, 255, 255)
+    draw.text((x + 2 - left, y + 2 - top), text, fill=ink, font=font)
+
+
+def _draw_caption(tile: Image.Image, text: str) -> None:
+    """File name at the bottom left, and a frame that sets the tile apart."""
+    draw, font = ImageDraw.Draw(tile), _font(_font_size(tile))
+    while len(text) > 8 and font.getlength(text) > tile.width - 8:
+        text = "…" + text[2:]
+    height = _font_size(tile) + 6
+    draw.rectangle((0, tile.height - height, font.getlength(text) + 8, tile.height), fill=(0, 0, 0))
+    draw.text((4, tile.height - height + 2), text, fill=(255, 255, 255), font=font)
+    draw.rectangle((0, 0, tile.width - 1, tile.height - 1), outline=(255, 255, 255), width=2)
+
+
+# --- evaluation -----------------------------------------------------------------------------
+
+
+def plot_pr_curve(
+    recalls: ArrayLike,
+    precisions: ArrayLike,
+    ap50: ArrayLike,
+    names: Sequence[str],
+    out: str | Path,
+) -> None:
+    """Draw precision over recall at IoU 0.5.
+
+    Args:
+        recalls: [P].
+        precisions: [C, P], a row per class that has labels. C may be 0.
+        ap50: [C].
+        names: names of these C classes.
+        out: picture file.
+    """
+    ap50 = _as_numpy(ap50)
+    mean = f"all classes, mAP@.5 {ap50.mean():.3f}" if len(ap50) else ""
+    labels = [f"{name} {ap:.3f}" for name, ap in zip(names, ap50, strict=True)]
+    _plot_class_curves(recalls, precisions, labels, mean, ("recall", "precision"), out)
+
+
+def plot_confidence_curve(
+    confidences: ArrayLike,
+    values: ArrayLike,
+    names: Sequence[str],
+    out: str | Path,
+    *,
+    quantity: str,
+) -> None:
+    """Draw precision, recall or F1 over the confidence threshold.
+
+    Args:
+        confidences: [P].
+        values: [C, P], a row per class that has labels. C may be 0.
+        names: names of these C classes.
+        out: picture file.
+        quantity: "precision", "recall" or "F1"; the label of the y axis.
+    """
+    values = _as_numpy(values)
+    mean = ""
+    if len(values):
+        best = int(values.mean(0).argmax())
+        height, place = values.mean(0)[best], _as_numpy(confidences)[best]
+        mean = f"all classes, highest {height:.3f} at {place:.3f}"
+    _plot_class_curves(confidences, values, names, mean, ("confidence", quantity), out)
+
+
+def _plot_class_curves(
+    x: ArrayLike,
+    curves: ArrayLike,
+    labels: Sequence[str],
+    mean_label: str,
+    axis_names: tuple[str, str],
+    out: str | Path,
+) -> None:
+    """A line per class, named where they are few, grey where they are many; the mean on top."""
+    x, curves = _as_numpy(x), _as_numpy(curves)
+    if not len(curves):
+        _save_note("no labels", out)
+        return
+    few = len(curves) <= _NAMED_CLASSES
+    figure = Figure(figsize=(8.5 if few else 7, 5.6), layout="constrained")
+    axis = figure.add_subplot()
+    for index, (curve, label) in enumerate(zip(curves, labels, strict=True)):
+        if few:
+            axis.plot(
+                x, curve, linewidth=1.2, color=np.divide(class_colour(index), 255), label=label
+            )
+        else:
+            axis.plot(x, curve, linewidth=0.7, color=_GREY, label="each class" if not index else "")
+    if len(curves) > 1:
+        axis.plot(x, curves.mean(0), linewidth=3, color="tab:blue", label=mean_label)
+    axis.set(xlabel=axis_names[0], ylabel=axis_names[1], xlim=(0, 1), ylim=(0, 1.02))
+    axis.set_title(f"{axis_names[1]} over {axis_names[0]}", fontsize=11)
+    axis.grid(alpha=0.3)
+    outside: dict[str, Any] = {"bbox_to_anchor": (1.01, 1), "loc": "upper left", "borderaxespad": 0}
+    axis.legend(fontsize=8, **(outside if few else {"loc": "best"}))
+    _save(figure, out)
+
+
+def plot_confusion_matrix(matrix: ArrayLike, names: Sequence[str], out: str | Path) -> None:
+    """Draw a confusion matrix, each column as shares of its labelled class.
+
+    Args:
+        matrix: counts [K+1, K+1]; row: detected class, column: labelled class, the last of
+            each is background (missed, or nothing there).
+        names: the K class names.
+        out: picture file.
+    """
+    counts = _as_numpy(matrix).astype(np.float64)
+    shares = counts / np.maximum(counts.sum(0, keepdims=True), 1)
+    num = len(counts)
+    few = num <= _NAMED_CLASSES + 1
+    side = 4.2 + 0.62 * num if few else 15.0
+    figure = Figure(figsize=(side + 1.4, side), layout="constrained")
+    axis = figure.add_subplot()
+    shown = np.ma.masked_equal(shares, 0)
+    mesh = axis.imshow(shown, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(mesh, ax=axis, fraction=0.04, pad=0.02, label="share of the labelled class")
+    ticks = [*names, "background"]
+    _label_classes(axis, "x", ticks)
+    _label_classes(axis, "y", ticks)
+    if few:
+        _write_cells(axis, counts, shares)
+    axis.set_xlabel("labelled class (background: detected where nothing is labelled)")
+    axis.set_ylabel("detected class (background: missed)")
+    axis.set_title("confusion matrix", fontsize=12)
+    axis.set_xticks(np.arange(num + 1) - 0.5, minor=True)
+    axis.set_yticks(np.arange(num + 1) - 0.5, minor=True)
+    axis.grid(which="minor", color="0.9", linewidth=0.5)
+    axis.tick_params(which="minor", length=0)
+    _save(figure, out)
+
+
+def _write_cells(axis: Axes, counts: np.ndarray, shares: np.ndarray) -> None:
+    """Share, and the count below it, in every cell that is not empty."""
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        share = shares[row, column]
+        text = f"{share:.2f}\n{counts[row, column]:.0f}"
+        colour = "white" if share > 0.55 else "black"
+        axis.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
+
+
+def plot_study(curves: Mapping[str, Sequence[tuple[int, float, float]]], out: str | Path) -> None:
+    """Draw mAP@.5:.95 over the time per image, a point per input size.
+
+    Args:
+        curves: per model name its points: input side in pixels, milliseconds per image,
+            mAP@.5:.95.
+        out: picture file.
+    """
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axis = figure.add_subplot()
+    for name, points in curves.items():
+        sizes, times, scores = zip(*sorted(points), strict=True)
+        (line,) = axis.plot(times, scores, "o-", label=name)
+        for size, time, score in zip(sizes, times, scores, strict=True):
+            axis.annotate(
+                str(size),
+                (time, score),
+                xytext=(0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color=line.get_color(),
+            )
+    axis.set_xlabel("milliseconds per image")
+    axis.set_ylabel("mAP@.5:.95")
+    axis.set_title("accuracy over speed; numbers are input sizes in pixels", fontsize=11)
+    axis.margins(0.08, 0.15)
+    axis.grid(alpha=0.3)
+    if curves:
+        axis.legend(fontsize=9)
+    _save(figure, out)
+
+
+# --- slimming -------------------------------------------------------------------------------
+
+
+def plot_gamma_history(
+    epochs: Sequence[int],
+    overall: ArrayLike,
+    per_layer: Mapping[str, ArrayLike],
+    out: str | Path,
+) -> None:
+    """Draw how |gamma| moves during sparse training, overall and per layer (`bn_gamma.png`).
+
+    Args:
+        epochs: the E epochs recorded.
+        overall: [E, Q], in each row Q evenly spaced quantiles (0 = smallest, 1 = largest) of
+            |gamma| over all channels under the penalty; 101 of them give a smooth picture.
+        per_layer: layer name -> [E, Q'], the same for each layer alone; Q' may be smaller.
+        out: picture file.
+    """
+    quantiles = _as_numpy(overall).astype(np.float64)
+    layers = {name: _as_numpy(rows).astype(np.float64) for name, rows in per_layer.items()}
+    if not len(epochs):
+        _save_note("no gammas recorded yet", out)
+        return
+    height = float(np.clip(0.13 * len(layers), 4, 24))
+    figure = Figure(figsize=(14, 4.6 + height), layout="constrained")
+    halves = figure.add_gridspec(2, 1, height_ratios=(4.6, height))
+    top, bottom = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
+    fan, shares = top.subplots(1, 2)
+    _draw_quantile_fan(fan, epochs, quantiles)
+    _draw_small_shares(shares, epochs, quantiles)
+    medians, spread = bottom.subplots(1, 2, sharey=True)
+    _draw_layer_medians(medians, epochs, layers)
+    _draw_layer_spread(spread, layers, f"|gamma| per layer after epoch {epochs[-1]}")
+    _save(figure, out)
+
+
+def _draw_quantile_fan(axis: Axes, epochs: Sequence[int], quantiles: np.ndarray) -> None:
+    """Bands between matching quantiles around the median."""
+    levels = np.linspace(0, 1, quantiles.shape[1])
+    for low, shade in ((0.0, 0.12), (0.05, 0.2), (0.1, 0.3), (0.25, 0.45)):
+        lower = _interpolate_rows(low, levels, quantiles)
+        upper = _interpolate_rows(1 - low, levels, quantiles)
+        name = "smallest to largest" if not low else f"{low:.0%} to {1 - low:.0%}"
+        axis.fill_between(
+            epochs, lower, upper, color="tab:blue", alpha=shade, linewidth=0, label=name
+        )
+    median = _interpolate_rows(0.5, levels, quantiles)
+    marker = "o" if len(epochs) < 30 else ""
+    axis.plot(epochs, median, color="navy", marker=marker, label=f"median, last {median[-1]:.3g}")
+    axis.set_title("|gamma| of all channels under the penalty", fontsize=11)
+    _set_epoch_axis(axis, epochs)
+    axis.set_ylabel("|gamma|")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="upper right")
+
+
+def _interpolate_rows(level: float, levels: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
+    return np.array([np.interp(level, levels, row) for row in quantiles])
+
+
+def _draw_small_shares(axis: Axes, epochs: Sequence[int], quantiles: np.ndarray) -> None:
+    """Share of channels below a few thresholds, read off the quantiles."""
+    levels = np.linspace(0, 1, quantiles.shape[1])
+    marker = "o" if len(epochs) < 30 else ""
+    for threshold in (1e-1, 1e-2, 1e-3):
+        share = [_share_below(threshold, levels, row) for row in quantiles]
+        axis.plot(epochs, share, marker=marker, label=f"below {threshold:g}, last {share[-1]:.1%}")
+    axis.set_title("share of channels with small |gamma|", fontsize=11)
+    _set_epoch_axis(axis, epochs)
+    axis.set(ylabel="share of channels", ylim=(-0.02, 1.02))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
+
+
+def _share_below(threshold: float, levels: np.ndarray, quantiles: np.ndarray) -> float:
+    """Level at which the quantile function crosses `threshold`."""
+    index = int(np.searchsorted(quantiles, threshold, side="left"))
+    if index in (0, len(quantiles)):
+        return float(index > 0)
+    low, high = quantiles[index - 1], quantiles[index]
+    fraction = (threshold - low) / (high - low)
+    return float(levels[index - 1] + fraction * (levels[index] - levels[index - 1]))
+
+
+def _draw_layer_medians(
+    axis: Axes, epochs: Sequence[int], layers: Mapping[str, np.ndarray]
+) -> None:
+    """A row per layer, a column per epoch, the colour is the median of |gamma|."""
+    axis.set_title("median |gamma| per layer", fontsize=11)
+    _set_epoch_axis(axis, epochs)
+    if not layers:
+        return
+    medians = np.stack([np.median(rows, axis=1) for rows in layers.values()])  # [layers, E]
+    edges = _cell_edges(epochs)
+    mesh = axis.pcolormesh(edges, np.arange(len(layers) + 1) - 0.5, medians, cmap="viridis", vmin=0)
+    axis.figure.colorbar(mesh, ax=axis, label="median |gamma|", pad=0.01)
+    fontsize = 7.5 if len(layers) <= 70 else 5
+    axis.set_yticks(range(len(layers)), list(layers), fontsize=fontsize)
+    axis.invert_yaxis()  # first layer on top; the neighbour shares this axis
+
+
+def _cell_edges(epochs: Sequence[int]) -> np.ndarray:
+    """Borders halfway between epochs, half an epoch outside at both ends."""
+    centres = np.asarray(epochs, np.float64)
+    middle = (centres[1:] + centres[:-1]) / 2
+    return np.concatenate([[centres[0] - 0.5], middle, [centres[-1] + 0.5]])
+
+
+def _draw_layer_spread(axis: Axes, layers: Mapping[str, np.ndarray], title: str) -> None:
+    """Per layer the range of |gamma| as a line, the middle half as a bar, the median as a dot."""
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel("|gamma|")
+    rows = np.arange(len(layers))
+    last = [quantiles[-1] for quantiles in layers.values()]
+    low, lower, middle, upper, high = (
+        np.array(
+            [np.interp((0, 0.25, 0.5, 0.75, 1), np.linspace(0, 1, len(row)), row) for row in last]
+        )
+        .reshape(-1, 5)
+        .T
+    )
+    axis.hlines(rows, low, high, color=_GREY, linewidth=1)
+    axis.hlines(rows, lower, upper, color="tab:blue", linewidth=4)
+    axis.plot(middle, rows, "o", color="navy", markersize=3)
+    axis.set_xlim(left=0)
+    axis.tick_params(labelleft=False)
+    axis.grid(alpha=0.3, axis="x")
+
+
+# Quantities of the stage picture: key, title, digits. The first two are scores.
+_STAGE_QUANTITIES = (
+    ("map50", "mAP@.5", 3),
+    ("map50_95", "mAP@.5:.95", 3),
+    ("parameters", "parameters (million)", 3),
+    ("gflops", "GFLOPs", 2),
+    ("latency_ms", "latency (ms per image)", 1),
+    ("file_mb", "file size (MB)", 2),
+)
+
+
+def plot_stage_table(
+    rows: Sequence[Mapping[str, Any]], out: str | Path, *, title: str = ""
+) -> None:
+    """Draw a bar per stage for each quantity, with its value and the change since the first.
+
+    Args:
+        rows: per stage `stage` (its name) and any of `map50, map50_95, parameters, gflops,
+            latency_ms, file_mb`. A missing or NaN value leaves its bar out.
+        out: picture file.
+        title: line above all panels.
+    """
+    figure = Figure(figsize=(14, 2.2 + 0.75 * len(rows)), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    axes = figure.subplots(2, 3, sharey=True)
+    stages = [str(row["stage"]) for row in rows]
+    for axis, (key, name, digits) in zip(axes.ravel(), _STAGE_QUANTITIES, strict=True):
+        scale = 1e-6 if key == "parameters" else 1.0
+        values = [float(row.get(key, math.nan)) * scale for row in rows]
+        _draw_stage_bars(axis, stages, values, digits, is_score=key.startswith("map"))
+        axis.set_title(name, fontsize=11)
+    if rows:
+        axes[0, 0].invert_yaxis()  # first stage on top in all panels
+    _save(figure, out)
+
+
+def _draw_stage_bars(
+    axis: Axes, stages: Sequence[str], values: Sequence[float], digits: int, *, is_score: bool
+) -> None:
+    """Bars with values; the change since the first is absolute for scores, else relative."""
+    colour = "tab:green" if is_score else "tab:blue"
+    axis.barh(stages, np.nan_to_num(values), color=colour, alpha=0.75)
+    first = next((value for value in values if math.isfinite(value)), 0.0)
+    for row, value in enumerate(values):
+        if not math.isfinite(value):
+            continue
+        change = f"{value - first:+.{digits}f}" if is_score else _relative_change(value, first)
+        axis.annotate(
+            f"{value:.{digits}f}" + (f"  ({change})" if change and value != first else ""),
+            (value, row),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    axis.set_xlim(0, max([value for value in values if math.isfinite(value)] + [1e-9]) * 1.4)
+    axis.tick_params(labelsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _relative_change(value: float, first: float) -> str:
+    return f"{value / first - 1:+.0%}" if first else ""

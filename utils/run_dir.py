@@ -1,0 +1,188 @@
+"""Run folders `runs/<task>/<name>`: making them, saved options, `results.csv`.
+
+Everything written here is first written under a temporary name and then renamed, so a killed
+run leaves the previous content or the new one, never half of it.
+"""
+
+import csv
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def new_run_dir(project: str | Path, name: str = "exp", exist_ok: bool = False) -> Path:
+    """Make and return the next free folder of `name`, `name2`, `name3` ... below `project`.
+
+    The number is one above the highest in use, so that the newest run also has the highest number.
+    Two processes that ask at the same time get two folders.
+
+    Args:
+        project: parent folder; made if missing.
+        name: folder name of the first run.
+        exist_ok: reuse `project/name` instead of counting up.
+
+    Raises:
+        ValueError: `name` is empty.
+        OSError: the folder cannot be made (no permission, a file is in the way).
+    """
+    if not name.strip():
+        raise ValueError("a run needs a name; --name is empty")
+    first = Path(project) / name
+    first.parent.mkdir(parents=True, exist_ok=True)
+    if exist_ok:
+        first.mkdir(exist_ok=True)
+        return first
+    number = _highest_run_number(first) + 1
+    while True:
+        candidate = first if number == 1 else first.with_name(f"{first.name}{number}")
+        try:
+            candidate.mkdir()
+        except FileExistsError:
+            number += 1  # another process was faster
+        else:
+            return candidate
+
+
+def _highest_run_number(first: Path) -> int:
+    """Highest number in use: 0 = none, 1 = `exp` alone, 3 = `exp3`."""
+    pattern = re.compile(re.escape(first.name) + r"([1-9]\d*)?")
+    matches = (pattern.fullmatch(entry.name) for entry in first.parent.iterdir())
+    return max((int(match[1] or 1) for match in matches if match), default=0)
+
+
+def latest_run(project: str | Path, containing: str = "weights/last.pt") -> Path | None:
+    """Folder below `project` (at any depth) whose file `containing` is the newest; None if none."""
+    found = list(Path(project).glob(f"**/{containing}"))
+    if not found:
+        return None
+    newest = max(found, key=lambda path: path.stat().st_mtime_ns)
+    return newest.parents[len(Path(containing).parts) - 1]
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Write UTF-8 text under a temporary name in the same folder, then rename it to `path`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_options(path: str | Path, options: Mapping[str, Any]) -> None:
+    """Save a mapping as readable yaml: insertion order, paths as text, tuples as lists."""
+    text = yaml.safe_dump(_to_plain(options), sort_keys=False, allow_unicode=True, width=100)
+    write_text_atomic(path, text)
+
+
+def _to_plain(value: Any) -> Any:
+    """Numbers, text, lists and dicts only; whatever else there is becomes text."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_to_plain(item) for item in value]
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)  # also what is derived from it, as numpy.float64 is
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+class ResultsCsv:
+    """`results.csv`: one row per epoch, the column `epoch` first, one header line.
+
+    Each row is written by rewriting the small file and renaming it, so a kill, a full disk or a
+    reader in between never meets half a row. Columns that appear later are added at the end;
+    rows without a value in a column leave it empty.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        columns: Sequence[str] = (),
+        *,
+        resume_epoch: int | None = None,
+    ) -> None:
+        """Start an empty file, or continue one.
+
+        Args:
+            path: the csv file.
+            columns: order of the columns, without `epoch`; more may come with the rows.
+            resume_epoch: continue an existing file: rows of this epoch and later are dropped,
+                because the resumed run writes them again. None starts anew.
+        """
+        self.path = Path(path)
+        self._columns = list(dict.fromkeys(["epoch", *columns]))
+        self._rows: list[dict[str, str]] = []
+        if resume_epoch is not None and self.path.exists():
+            header, rows = _read_cells(self.path)
+            self._columns = list(dict.fromkeys([*header, *self._columns]))
+            self._rows = [row for row in rows if _epoch_of(row, self.path) < resume_epoch]
+        self._write()
+
+    def append(self, epoch: int, values: Mapping[str, float | int | str | None]) -> None:
+        """Add the row of `epoch` and save; a row of the same epoch, or later, is replaced."""
+        self._columns += [name for name in values if name not in self._columns]
+        self._rows = [row for row in self._rows if _epoch_of(row, self.path) < epoch]
+        cells = {name: _format_cell(value) for name, value in values.items()}
+        self._rows.append(cells | {"epoch": str(epoch)})
+        self._write()
+
+    def _write(self) -> None:
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, self._columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_text_atomic(self.path, buffer.getvalue())
+
+
+def _format_cell(value: float | int | str | None) -> str:
+    """Six significant digits for fractions; None is an empty cell."""
+    if value is None:
+        return ""
+    if isinstance(value, str | int):
+        return str(value)
+    return f"{float(value):.6g}"
+
+
+def _epoch_of(row: Mapping[str, str], path: Path) -> int:
+    try:
+        return int(row["epoch"])
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"{path}: a row has no epoch number (epoch={row.get('epoch')!r}); "
+            "move the file away to start a new one"
+        ) from None
+
+
+def _read_cells(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Header and rows as text; blanks around names and values are dropped."""
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = [[cell.strip() for cell in line] for line in csv.reader(file) if line]
+    if not lines:
+        return [], []
+    header = lines[0]
+    return header, [dict(zip(header, cells, strict=False)) for cells in lines[1:]]
+
+
+def read_results(path: str | Path) -> dict[str, list[float]]:
+    """Columns of a `results.csv` as numbers; what is empty or no number becomes NaN."""
+    header, rows = _read_cells(Path(path))
+    return {name: [_number(row.get(name, "")) for row in rows] for name in header}
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return float("nan")
