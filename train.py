@@ -1,0 +1,865 @@
+"""Train a YOLOv5 detector: dense, sparse (network slimming) or after pruning.
+
+    python train.py --data data/bccd.yaml --weights yolov5n.pt --epochs 100
+    python train.py --data data/bccd.yaml --weights '' --cfg yolov5n.yaml --epochs 300
+    python train.py --data data/bccd.yaml --weights runs/train/exp/weights/best.pt \
+        --bn_sparsity --sparsity_rate 0.0005 --optimizer AdamW --name sparse
+    python train.py --data data/bccd.yaml --weights runs/val/exp/pruned_model.pt \
+        --ft_pruned_model --hyp hyp.finetune_prune.yaml --name finetune
+    python train.py --resume runs/train/exp/weights/last.pt
+
+Results are in runs/train/exp*: weights/best.pt and last.pt, results.csv, pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from models import Model, ModelSpec
+from utils import device as devices
+from utils.anchors import check_anchors
+from utils.checkpoint import (
+    Detector,
+    build_checkpoint,
+    load_checkpoint,
+    load_detector,
+    save_checkpoint,
+    save_final,
+    transfer_weights,
+)
+from utils.config import (
+    DatasetSpec,
+    Hyperparameters,
+    find_config,
+    load_dataset_spec,
+    load_hyperparameters,
+    load_yaml,
+)
+from utils.dataset import (
+    Batch,
+    DetectionDataset,
+    Loader,
+    Split,
+    build_loader,
+    image_weights_from_map,
+    label_sizes_px,
+    scan_split,
+)
+from utils.downloads import ensure_dataset, find_weights
+from utils.evaluate import EvaluationResult, evaluate
+from utils.loss import DetectionLoss, LossSettings
+from utils.optim import (
+    NOMINAL_BATCH,
+    OPTIMIZERS,
+    ModelEma,
+    Schedule,
+    build_optimizer,
+    freeze,
+    frozen_rows,
+    num_warmup_steps,
+    set_step,
+)
+from utils.plots import plot_batch, plot_gamma_history, plot_labels, plot_results
+from utils.profile import count_gflops, count_parameters
+from utils.pruning.slimming import GammaStatistics, SparsityPenalty, gamma_statistics
+from utils.run_dir import ResultsCsv, latest_run, new_run_dir, save_options
+
+ROOT = Path(__file__).resolve().parent
+LOGGER = logging.getLogger("train")
+
+LOSS_NAMES = ("box", "obj", "cls")
+MAX_GRADIENT_NORM = 10.0
+GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
+LABEL_PAD = 0.5  # of rectangular validation batches, in strides
+LEAST_VALUES = {
+    **dict.fromkeys(("epochs", "batch_size", "nominal_batch"), 1),
+    **dict.fromkeys(("workers", "patience", "sparsity_rate", "seed"), 0),
+    "imgsz": 32,
+}
+# What a resumed run may be told anew; everything else comes from its checkpoint.
+RESUME_FLAGS = {"resume", "device", "workers"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags with their defaults."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    group = parser.add_argument_group("network and data")
+    group.add_argument(
+        "--weights",
+        default="yolov5s.pt",
+        help="checkpoint to start from: ours, a public YOLOv5 .pt, a known name, or '' for none",
+    )
+    group.add_argument("--cfg", default="", help="model yaml; default: the network of --weights")
+    group.add_argument("--data", default="data/coco128.yaml", help="data set yaml")
+    group.add_argument("--hyp", default="hyp.scratch-low.yaml", help="hyperparameter yaml")
+    group.add_argument("--single-cls", action="store_true", help="treat all classes as one")
+    group.add_argument(
+        "--allow-download-scripts",
+        action="store_true",
+        help="run the `download:` command of a data set yaml that is not part of this project",
+    )
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, default=300)
+    group.add_argument("--batch-size", type=int, default=16, help="images, over all GPUs")
+    group.add_argument(
+        "--nominal-batch",
+        type=int,
+        default=NOMINAL_BATCH,
+        help="images an optimizer step sums up; smaller batches accumulate gradients",
+    )
+    group.add_argument("--imgsz", "--img", "--img-size", type=int, default=640, help="pixels")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="SGD")
+    group.add_argument("--cos-lr", action="store_true", help="cosine instead of linear schedule")
+    group.add_argument("--label-smoothing", type=float, help="0 to 1; default: of the hyp file")
+    group.add_argument("--patience", type=int, default=100, help="epochs without gain; 0: never")
+    group.add_argument(
+        "--freeze", type=int, nargs="+", default=[0], help="first N rows, or row numbers"
+    )
+    group.add_argument("--multi-scale", action="store_true", help="vary the size by +- 50 %%")
+    group.add_argument("--rect", action="store_true", help="rectangular batches, no mosaic")
+    group.add_argument("--image-weights", action="store_true", help="draw hard classes more often")
+    group.add_argument("--noautoanchor", action="store_true", help="keep the anchors as they are")
+    group.add_argument("--seed", type=int, default=0)
+    group = parser.add_argument_group("slimming")
+    group.add_argument(
+        "--bn_sparsity", "--bn-sparsity", action="store_true", help="L1 penalty on BN gammas"
+    )
+    group.add_argument(
+        "--sparsity_rate", "--sparsity-rate", type=float, default=1e-4, help="its factor"
+    )
+    group.add_argument(
+        "--ft_pruned_model",
+        "--ft-pruned-model",
+        action="store_true",
+        help="fine-tune the slim network in --weights; --cfg is not used",
+    )
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="", help="'' (best), cpu, mps, 0 or 0,1")
+    group.add_argument("--amp", choices=devices.AMP_CHOICES, default="auto", help="precision")
+    group.add_argument("--workers", type=int, default=8, help="loader processes, at most")
+    group.add_argument("--cache", nargs="?", const="ram", choices=("ram", "disk"), help="images")
+    group = parser.add_argument_group("results")
+    group.add_argument("--project", default=str(ROOT / "runs/train"), help="parent folder")
+    group.add_argument("--name", default="exp", help="folder name; a number is added")
+    group.add_argument("--exist-ok", action="store_true", help="write into an existing folder")
+    group.add_argument("--save-period", type=int, default=-1, help="keep every Nth epoch")
+    group.add_argument("--nosave", action="store_true", help="write only the last checkpoint")
+    group.add_argument("--noval", action="store_true", help="validate only the last epoch")
+    group.add_argument(
+        "--resume", nargs="?", const=True, default=False, help="last.pt; default: the newest run"
+    )
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check what can be checked without reading files."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    given = _given_flags(argv)
+    if options.resume and given - RESUME_FLAGS:
+        flags = ", ".join(sorted(given - RESUME_FLAGS))
+        parser.error(f"--resume takes the options of the run; {flags} cannot be changed")
+    if options.bn_sparsity and options.ft_pruned_model:
+        parser.error("--bn_sparsity and --ft_pruned_model are different stages; give one of them")
+    if "sparsity_rate" in given and not options.bn_sparsity:
+        parser.error("--sparsity_rate acts only with --bn_sparsity")
+    if not options.weights and not options.cfg:
+        parser.error("--weights '' needs a network: give --cfg, for example --cfg yolov5n.yaml")
+    if options.ft_pruned_model and not options.weights:
+        parser.error("--ft_pruned_model needs the pruned checkpoint: give --weights")
+    if options.image_weights and options.rect:
+        parser.error("--image-weights draws images at random, --rect sorts them; give one of them")
+    for name, low in LEAST_VALUES.items():
+        value = getattr(options, name)
+        if not low <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected at least {low}")
+    if options.label_smoothing is not None and not 0 <= options.label_smoothing < 1:
+        parser.error(f"--label-smoothing is {options.label_smoothing}, expected 0 to below 1")
+    return options
+
+
+def _given_flags(argv: Sequence[str] | None) -> set[str]:
+    """Names of the options that were typed."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one training from its options to its final files."""
+    options = parse_args(argv)
+    if len(devices.gpu_indices(options.device)) > devices.world_size() == 1:
+        return launch_processes(options, argv)
+    is_main = devices.rank() == 0
+    logging.basicConfig(
+        level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stdout
+    )
+    resumed = load_resumed(options)
+    if resumed:
+        options = resumed_options(options, resumed)
+    device = join_processes(options)
+    devices.seed_everything(options.seed + devices.rank())
+
+    data = load_data(options)
+    hyp = load_hyp(options, resumed)
+    model, names = build_network(options, data, hyp, resumed)
+    imgsz = round_imgsz(options.imgsz, model.max_stride)
+    train_split, val_split = scan_splits(data, options)
+    run_dir = open_run_dir(options, hyp, resumed)
+    train_loader, val_loader = build_loaders(
+        options, hyp, train_split, val_split, imgsz, model.max_stride
+    )
+    if not resumed and not options.noautoanchor:
+        fit_anchors(model, train_split, hyp, imgsz, options.seed)
+    if is_main and not resumed:
+        plot_labels(train_split.labels.flat, names, run_dir / "labels.jpg")
+
+    run = build_run(options, hyp, model, names, imgsz, device, len(train_loader), run_dir)
+    if resumed:
+        restore_run(run, resumed["training"])
+    run.log_start(train_split, val_split)
+    results = ResultsCsv(
+        run_dir / "results.csv", resume_epoch=run.first_epoch if resumed else None
+    ) if is_main else None  # fmt: skip
+
+    started = time.perf_counter()
+    for epoch in range(run.first_epoch, options.epochs):
+        if options.image_weights:
+            weights = image_weights_from_map(train_split, run.class_maps)
+            train_loader.set_image_weights(weights)
+        losses = train_one_epoch(run, train_loader, epoch)
+        if is_main:
+            result = validate(run, val_loader, epoch)
+            log_epoch(run, results, epoch, losses, result)
+            save_epoch(run, epoch, result)
+        if should_stop(run, epoch):
+            break
+    if is_main:
+        finish(run, val_loader, time.perf_counter() - started)
+    if devices.world_size() > 1:
+        torch.distributed.destroy_process_group()
+    return None
+
+
+def launch_processes(options: argparse.Namespace, argv: Sequence[str] | None) -> None:
+    """Start one process for each GPU of `--device 0,1` and wait for them."""
+    devices.select_device(options.device)  # complains about GPUs that are not there
+    count = len(devices.gpu_indices(options.device))
+    if options.batch_size % count:
+        raise ValueError(f"--batch-size {options.batch_size} cannot be shared by {count} GPUs")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(count), str(Path(__file__))]
+    code = subprocess.call([*command, *(sys.argv[1:] if argv is None else argv)])
+    if code:
+        raise SystemExit(code)
+
+
+def join_processes(options: argparse.Namespace) -> torch.device:
+    """Pick the device of this process and, if there are several, connect them."""
+    device = devices.select_device(options.device)
+    if devices.world_size() > 1:
+        if options.batch_size % devices.world_size():
+            raise ValueError(
+                f"--batch-size {options.batch_size} cannot be shared by {devices.world_size()} "
+                "processes"
+            )
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def load_resumed(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The checkpoint that `--resume` means; None for a new run."""
+    if not options.resume:
+        return None
+    path = options.resume
+    if path is True:
+        newest = latest_run(ROOT / "runs/train")
+        if newest is None:
+            raise FileNotFoundError("--resume: there is no run in runs/train to resume")
+        path = newest / "weights/last.pt"
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume {path}: no such checkpoint")
+    content = load_checkpoint(path)
+    if "training" not in content:
+        raise ValueError(
+            f"--resume {path}: this run is finished, there is nothing to resume; to train on from "
+            f"its weights use --weights {path}"
+        )
+    content["run_dir"] = path.resolve().parent.parent
+    LOGGER.info("resuming %s after epoch %d", content["run_dir"], content["epoch"])
+    return content
+
+
+def resumed_options(options: argparse.Namespace, resumed: dict[str, Any]) -> argparse.Namespace:
+    """Options of the interrupted run, with the device and workers given now."""
+    merged = argparse.Namespace(**resumed["options"])
+    merged.resume, merged.device = options.resume, options.device or merged.device
+    merged.workers = min(options.workers, merged.workers)
+    return merged
+
+
+def load_data(options: argparse.Namespace) -> DatasetSpec:
+    """Find the data set yaml; get the data if they are not there yet."""
+    data = load_dataset_spec(find_config(options.data, ["data"], ROOT), ROOT)
+    if devices.rank() == 0:
+        ensure_dataset(data, allow_scripts=options.allow_download_scripts)
+    wait_for_all()
+    data = load_dataset_spec(data.source, ROOT)  # paths may exist only now
+    data.check_exists(("train", "val"))
+    return dataclasses.replace(data, names=data.names[:1]) if options.single_cls else data
+
+
+def load_hyp(options: argparse.Namespace, resumed: dict[str, Any] | None) -> Hyperparameters:
+    """Hyperparameters of the file, or of the interrupted run, and what flags change in them."""
+    if resumed:
+        return Hyperparameters(**resumed["hyp"])
+    hyp = load_hyperparameters(find_config(options.hyp, ["data/hyps"], ROOT))
+    if options.label_smoothing is not None:
+        hyp = dataclasses.replace(hyp, label_smoothing=options.label_smoothing)
+    return hyp
+
+
+def build_network(
+    options: argparse.Namespace,
+    data: DatasetSpec,
+    hyp: Hyperparameters,
+    resumed: dict[str, Any] | None,
+) -> tuple[Model, tuple[str, ...]]:
+    """The network to train: resumed, slim, transferred or fresh."""
+    if resumed:
+        return Model(ModelSpec.from_dict(resumed["spec"], "checkpoint")), tuple(resumed["names"])
+    source = load_detector(find_weights(options.weights, ROOT)) if options.weights else None
+    spec = choose_spec(options, source)
+    if hyp.anchors is not None and not options.ft_pruned_model:
+        spec = dataclasses.replace(spec, anchors=hyp.anchors)
+    model = Model(spec.with_num_classes(data.num_classes))
+    if source is not None:
+        # With --cfg, and with `anchors:` in the hyp file, the anchors are not those of the weights.
+        anchors_given = hyp.anchors is not None or (options.cfg and not options.ft_pruned_model)
+        transfer_weights(model, source.model.state_dict(), keep_anchors=bool(anchors_given))
+    if model.spec.is_pruned:
+        LOGGER.info(
+            "slim network: %d channels, %s parameters, of %d channels in the dense one",
+            sum(model.widths().values()),
+            f"{count_parameters(model):,}",
+            sum(Model(model.spec.with_widths({})).widths().values()),
+        )
+    return model, data.names
+
+
+def choose_spec(options: argparse.Namespace, source: Detector | None) -> ModelSpec:
+    """The network description: of the weights, or of `--cfg`."""
+    if options.ft_pruned_model:
+        if not source.model.spec.is_pruned:
+            raise ValueError(
+                f"--ft_pruned_model: {options.weights} is not a pruned model; prune it with "
+                "prune.py, or train it without this flag"
+            )
+        return source.model.spec
+    if not options.cfg:
+        return source.model.spec
+    path = find_config(options.cfg, ["models"], ROOT)
+    spec = ModelSpec.from_dict(load_yaml(path), str(path))
+    if (
+        source is not None
+        and source.model.spec.is_pruned
+        and source.model.spec.widths != spec.widths
+    ):
+        raise ValueError(
+            f"{options.weights} is a pruned model of another shape than {options.cfg}; add "
+            "--ft_pruned_model to fine-tune it, or leave out --cfg"
+        )
+    return spec
+
+
+def round_imgsz(imgsz: int, stride: int) -> int:
+    """The size rounded up to a multiple of the stride, in pixels."""
+    rounded = math.ceil(imgsz / stride) * stride
+    if rounded != imgsz:
+        LOGGER.warning("--imgsz %d is not a multiple of %d; using %d", imgsz, stride, rounded)
+    return rounded
+
+
+def scan_splits(data: DatasetSpec, options: argparse.Namespace) -> tuple[Split, Split]:
+    """Find and check images and labels of both splits; rank 0 first, as it writes the cache."""
+    splits = []
+    for turn in (0, 1):
+        if (devices.rank() == 0) == (turn == 0):
+            for sources in (data.train, data.val):
+                splits.append(
+                    scan_split(
+                        sources, data.names, single_cls=options.single_cls, workers=options.workers
+                    )
+                )
+        wait_for_all()
+    return splits[0], splits[1]
+
+
+def open_run_dir(
+    options: argparse.Namespace, hyp: Hyperparameters, resumed: dict[str, Any] | None
+) -> Path:
+    """The folder for results, with the options and hyperparameters of this run in it."""
+    if resumed:
+        return resumed["run_dir"]
+    if devices.rank() != 0:
+        return Path()  # only rank 0 writes
+    run_dir = new_run_dir(options.project, options.name, options.exist_ok)
+    (run_dir / "weights").mkdir(exist_ok=True)
+    save_options(run_dir / "opt.yaml", vars(options))
+    save_options(run_dir / "hyp.yaml", hyp.to_dict())
+    return run_dir
+
+
+def build_loaders(
+    options: argparse.Namespace,
+    hyp: Hyperparameters,
+    train_split: Split,
+    val_split: Split,
+    imgsz: int,
+    stride: int,
+) -> tuple[Loader, Loader]:
+    """Augmented training batches of this process, and plain validation batches."""
+    share = options.batch_size // devices.world_size()
+    train_set = DetectionDataset(
+        train_split,
+        imgsz,
+        hyp=hyp,
+        rect=options.rect,
+        batch_size=share,
+        stride=stride,
+        pad=0.0,
+        cache=options.cache,
+        seed=options.seed,
+    )
+    val_set = DetectionDataset(
+        val_split,
+        imgsz,
+        hyp=None,
+        rect=True,
+        batch_size=share * 2,
+        stride=stride,
+        pad=LABEL_PAD,
+        cache=options.cache,
+        seed=options.seed,
+    )
+    train_loader = build_loader(
+        train_set,
+        share,
+        workers=options.workers,
+        shuffle=not options.rect,
+        seed=options.seed,
+        rank=devices.rank(),
+        world_size=devices.world_size(),
+    )
+    val_loader = build_loader(val_set, share * 2, workers=options.workers, shuffle=False, seed=0)
+    return train_loader, val_loader
+
+
+def fit_anchors(model: Model, split: Split, hyp: Hyperparameters, imgsz: int, seed: int) -> None:
+    """Replace the anchors if they do not fit the boxes of the training images."""
+    sizes = label_sizes_px(split, imgsz)
+    fitted = check_anchors(model.head.anchors_px.numpy(), sizes, hyp.anchor_t, seed)
+    if fitted is not None:
+        model.set_anchors(torch.tensor(fitted, dtype=torch.float32))
+
+
+@dataclasses.dataclass
+class Run:
+    """What one training run consists of, and where it stands."""
+
+    options: argparse.Namespace
+    hyp: Hyperparameters
+    model: Model
+    network: nn.Module  # the model, wrapped if several processes train together
+    names: tuple[str, ...]
+    imgsz: int
+    device: torch.device
+    precision: torch.dtype
+    dir: Path
+    loss: DetectionLoss
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    ema: ModelEma
+    penalty: SparsityPenalty | None
+    frozen_norms: list[nn.Module]
+    class_maps: np.ndarray  # [K] mAP@.5:.95 of each class after the last validation
+    first_epoch: int = 0
+    best_fitness: float = -1.0
+    best_epoch: int = 0
+    gammas: list[GammaStatistics] = dataclasses.field(default_factory=list)  # one an epoch
+
+    def log_start(self, train_split: Split, val_split: Split) -> None:
+        """Say what is about to happen."""
+        LOGGER.info(
+            "%s, %s; %s parameters, %.2f GFLOPs at %d px",
+            devices.describe_device(self.device),
+            str(self.precision).removeprefix("torch."),
+            f"{count_parameters(self.model):,}",
+            count_gflops(self.ema.model, self.imgsz),
+            self.imgsz,
+        )
+        if self.penalty is not None:
+            channels = sum(bn.num_features for bn in self.penalty.batchnorms.values())
+            LOGGER.info(
+                "sparse training: rate %g on |gamma| of %d channels in %d layers",
+                self.penalty.sparsity_rate,
+                channels,
+                len(self.penalty.batchnorms),
+            )
+        LOGGER.info(
+            "%d training and %d validation images; epochs %d to %d; results in %s",
+            len(train_split.paths),
+            len(val_split.paths),
+            self.first_epoch,
+            self.options.epochs - 1,
+            self.dir,
+        )
+
+
+def build_run(
+    options: argparse.Namespace,
+    hyp: Hyperparameters,
+    model: Model,
+    names: tuple[str, ...],
+    imgsz: int,
+    device: torch.device,
+    steps_per_epoch: int,
+    run_dir: Path,
+) -> Run:
+    """Loss, optimizer, schedule and average for the network, on the device."""
+    rows = frozen_rows(options.freeze, len(model.model))
+    frozen_norms = freeze(model.model, rows)
+    model.to(device, memory_format=torch.channels_last)
+    nominal = options.nominal_batch
+    full_batch = options.batch_size * max(round(nominal / options.batch_size), 1)
+    optimizer = build_optimizer(
+        model,
+        options.optimizer,
+        hyp.lr0,
+        hyp.momentum,
+        hyp.weight_decay * full_batch / nominal,
+    )
+    schedule = Schedule(
+        lr0=hyp.lr0,
+        lrf=hyp.lrf,
+        epochs=options.epochs,
+        momentum=hyp.momentum,
+        cosine=options.cos_lr,
+        nominal_batch=nominal,
+        warmup_steps=num_warmup_steps(hyp.warmup_epochs, steps_per_epoch, options.epochs),
+        warmup_momentum=hyp.warmup_momentum,
+        # Adam normalises its steps: the bias rate meant for SGD would throw biases about.
+        warmup_bias_lr=hyp.warmup_bias_lr if options.optimizer == "SGD" else 0.0,
+    )
+    precision = devices.select_precision(options.amp, device)
+    network: nn.Module = model
+    if devices.world_size() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        network = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    return Run(
+        options=options,
+        hyp=hyp,
+        model=model,
+        network=network,
+        names=names,
+        imgsz=imgsz,
+        device=device,
+        precision=precision,
+        dir=run_dir,
+        loss=DetectionLoss(model.head.anchors, loss_settings(hyp, model, imgsz)),
+        optimizer=optimizer,
+        schedule=schedule,
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        ema=ModelEma(model),
+        penalty=build_penalty(options, model),
+        frozen_norms=frozen_norms,
+        class_maps=np.zeros(len(names)),
+    )
+
+
+def loss_settings(hyp: Hyperparameters, model: Model, imgsz: int) -> LossSettings:
+    """Gains of the hyperparameter file, which are for 3 levels, 80 classes and 640 pixels."""
+    levels = 3 / len(model.head.strides)
+    return LossSettings(
+        box=hyp.box * levels,
+        obj=hyp.obj * levels * (imgsz / 640) ** 2,
+        cls=hyp.cls * levels * model.head.num_classes / 80,
+        cls_pw=hyp.cls_pw,
+        obj_pw=hyp.obj_pw,
+        anchor_t=hyp.anchor_t,
+        fl_gamma=hyp.fl_gamma,
+        label_smoothing=hyp.label_smoothing,
+    )
+
+
+def build_penalty(options: argparse.Namespace, model: Model) -> SparsityPenalty | None:
+    """The L1 term on the gammas that prune.py can remove; None in other stages."""
+    if not options.bn_sparsity:
+        return None
+    return SparsityPenalty(model, options.sparsity_rate, options.epochs)
+
+
+def restore_run(run: Run, state: dict[str, Any]) -> None:
+    """Continue from the training part of a checkpoint."""
+    run.model.load_state_dict(state["model"])
+    run.ema.load_state_dict(state["ema"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.first_epoch = state["epoch"] + 1
+    run.best_fitness, run.best_epoch = state["best_fitness"], state["best_epoch"]
+    run.class_maps = state["class_maps"].numpy()
+    run.gammas = [GammaStatistics(**row) for row in state["gammas"]]
+    torch.set_rng_state(state["torch_rng"])
+
+
+def training_state(run: Run, epoch: int) -> dict[str, Any]:
+    """All that `restore_run` needs, as plain data."""
+    return {
+        "model": run.model.state_dict(),
+        "ema": run.ema.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "epoch": epoch,
+        "best_fitness": run.best_fitness,
+        "best_epoch": run.best_epoch,
+        "class_maps": torch.tensor(run.class_maps),
+        "gammas": [dataclasses.asdict(row) for row in run.gammas],
+        "torch_rng": torch.get_rng_state(),
+    }
+
+
+def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
+    """One pass over the training images; returns the mean box, objectness and class loss."""
+    run.network.train()
+    for norm in run.frozen_norms:
+        norm.eval()
+    loader.set_epoch(epoch)
+    sums = torch.zeros(3, device=run.device)
+    pending = 0
+    bar = tqdm(loader, desc=f"epoch {epoch}/{run.options.epochs - 1}", disable=devices.rank() != 0)
+    for index, batch in enumerate(bar):
+        step = epoch * len(loader) + index
+        settings = run.schedule.at(step, epoch)
+        set_step(run.optimizer, settings)
+        images, targets = to_device(run, batch, epoch, index)
+        with torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32):
+            logits = run.network(images)
+        loss, parts = run.loss(logits, targets)
+        check_finite(loss, batch, epoch)
+        # Processes average their gradients; the loss is a sum over the whole batch.
+        run.scaler.scale(loss * devices.world_size()).backward()
+        pending += 1
+        # The last batch always steps, so that no gradient waits across a checkpoint.
+        if pending >= run.schedule.accumulation(step, run.options.batch_size) or (
+            index == len(loader) - 1
+        ):
+            optimizer_step(run, epoch)
+            pending = 0
+        sums += parts
+        if index % 10 == 0 or index == len(loader) - 1:
+            show_progress(bar, sums / (index + 1), settings.lr, run.device)
+        if epoch == 0 and index < 3 and devices.rank() == 0:
+            picture = run.dir / f"train_batch{index}.jpg"
+            plot_batch(batch.images, batch.targets, batch.paths, run.names, picture)
+    return devices.mean_over_ranks((sums / max(len(loader), 1)).tolist(), run.device)
+
+
+def to_device(run: Run, batch: Batch, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+    """Images 0-1 `[B, 3, H, W]` and targets on the device; resized if `--multi-scale`."""
+    images = batch.images.to(run.device, non_blocking=True)
+    images = images.to(memory_format=torch.channels_last).float() / 255
+    if run.options.multi_scale:
+        rng = np.random.default_rng((run.options.seed, epoch, index))
+        stride = run.model.max_stride
+        side = int(rng.integers(run.imgsz // 2, run.imgsz * 3 // 2 + 1))
+        factor = side / max(images.shape[2:])
+        size = [max(round(length * factor / stride), 1) * stride for length in images.shape[2:]]
+        images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+    return images, batch.targets.to(run.device, non_blocking=True)
+
+
+def check_finite(loss: Tensor, batch: Batch, epoch: int) -> None:
+    """Stop before a step that would spoil weights and average."""
+    if not torch.isfinite(loss):
+        files = ", ".join(batch.paths[:4])
+        raise FloatingPointError(
+            f"the loss is {loss.item()} in epoch {epoch} (batch with {files}, ...); the last "
+            "checkpoint is good. Lower lr0 in the hyperparameters or --sparsity_rate, or try "
+            "--amp off"
+        )
+
+
+def optimizer_step(run: Run, epoch: int) -> None:
+    """Unscale, clip, add the sparsity term, step, average.
+
+    The term follows unscaling and clipping and comes once per step, so that the rate means the
+    same with any precision, accumulation and gradient norm.
+    """
+    run.scaler.unscale_(run.optimizer)
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRADIENT_NORM)
+    if run.penalty is not None:
+        run.penalty.add_to_gradients(epoch)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.ema.update(run.model)
+
+
+def show_progress(bar: tqdm, means: Tensor, lr: float, device: torch.device) -> None:
+    """Losses, learning rate and memory beside the bar; tqdm adds the time left."""
+    box, obj, cls = means.tolist()
+    bar.set_postfix_str(
+        f"box {box:.4f} obj {obj:.4f} cls {cls:.4f} lr {lr:.2g} mem {devices.memory_text(device)}"
+    )
+
+
+def validate(run: Run, loader: Loader, epoch: int) -> EvaluationResult | None:
+    """Measure the averaged weights; None where `--noval` says so."""
+    if run.options.noval and epoch < run.options.epochs - 1:
+        return None
+    return evaluate(
+        run.ema.model,
+        loader,
+        run.names,
+        device=run.device,
+        single_cls=run.options.single_cls,
+        loss_fn=run.loss,
+    )
+
+
+def log_epoch(
+    run: Run,
+    results: ResultsCsv,
+    epoch: int,
+    losses: Sequence[float],
+    result: EvaluationResult | None,
+) -> None:
+    """One row of `results.csv`, one line of log, and the pictures of the curves."""
+    row = {f"train/{name}_loss": loss for name, loss in zip(LOSS_NAMES, losses, strict=True)}
+    line = f"epoch {epoch}: loss {sum(losses):.4f}"
+    if result is not None:
+        row["metrics/precision"], row["metrics/recall"] = result.precision, result.recall
+        row["metrics/mAP_0.5"], row["metrics/mAP_0.5:0.95"] = result.map50, result.map50_95
+        for name, value in zip(LOSS_NAMES, result.losses, strict=True):
+            row[f"val/{name}_loss"] = value
+        line += f", mAP@.5 {result.map50:.4f}, mAP@.5:.95 {result.map50_95:.4f}"
+        run.class_maps = np.full(len(run.names), result.map50_95)
+        run.class_maps[result.ap_result.classes] = result.ap_result.ap50_95
+    for group in run.optimizer.param_groups:
+        row[f"lr/{group['kind']}"] = group["lr"]
+    if run.penalty is not None:
+        run.gammas.append(gamma_statistics(run.ema.model))
+        row["sparsity_rate"] = run.penalty.rate(epoch)
+        row.update(run.gammas[-1].as_row())
+        line += (
+            f", |gamma| median {row['gamma/q50']:.4f}, below 0.01 {row['gamma/below_1e-2']:.1%}, "
+            f"suggested percent {row['gamma/suggested_percent']:.3f}"
+        )
+        if epoch % GAMMA_PICTURE_EPOCHS == 0:
+            plot_gammas(run)
+    results.append(epoch, row)
+    LOGGER.info(line)
+
+
+def plot_gammas(run: Run) -> None:
+    """`bn_gamma.png`: the distribution of |gamma| over the epochs, overall and per layer."""
+    plot_gamma_history(
+        list(range(len(run.gammas))),
+        [statistics.percentiles for statistics in run.gammas],
+        {name: [row.layers[name] for row in run.gammas] for name in run.gammas[0].layers},
+        run.dir / "bn_gamma.png",
+    )
+
+
+def save_epoch(run: Run, epoch: int, result: EvaluationResult | None) -> None:
+    """Write last.pt (to resume from), best.pt when it is, and the kept epochs."""
+    is_best = result is not None and result.fitness > run.best_fitness
+    if is_best:
+        run.best_fitness, run.best_epoch = result.fitness, epoch
+    if run.options.nosave and epoch < run.options.epochs - 1:
+        return
+    content = checkpoint_content(run, epoch)
+    weights = run.ema.model.state_dict()
+    folder = run.dir / "weights"
+    save_checkpoint(folder / "last.pt", {**content, "training": training_state(run, epoch)})
+    if is_best:
+        save_final(folder / "best.pt", content, weights)
+    if run.options.save_period > 0 and (epoch + 1) % run.options.save_period == 0:
+        save_final(folder / f"epoch{epoch}.pt", content, weights)
+
+
+def checkpoint_content(run: Run, epoch: int) -> dict[str, Any]:
+    """The averaged network and where it comes from."""
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(run.options).items()}
+    return build_checkpoint(
+        run.ema.model,
+        run.names,
+        epoch=epoch,
+        fitness=run.best_fitness,
+        options=options,
+        hyp=run.hyp.to_dict(),
+        imgsz=run.imgsz,
+    )
+
+
+def should_stop(run: Run, epoch: int) -> bool:
+    """Whether `--patience` epochs have passed without a better fitness; the same on all ranks."""
+    patience = run.options.patience
+    stop = bool(patience) and not run.options.noval and epoch - run.best_epoch >= patience
+    if devices.world_size() > 1:
+        flag = torch.tensor(float(stop), device=run.device)
+        torch.distributed.broadcast(flag, 0)
+        stop = bool(flag)
+    if stop:
+        LOGGER.info("no gain in %d epochs (best: %d): stopping early", patience, run.best_epoch)
+    return stop
+
+
+def finish(run: Run, val_loader: Loader, seconds: float) -> None:
+    """Strip last.pt, draw the curves, and say where things are."""
+    last, best = run.dir / "weights/last.pt", run.dir / "weights/best.pt"
+    if last.is_file():
+        content = load_checkpoint(last)
+        save_final(last, content, content["model"])
+    plot_results(run.dir / "results.csv", run.dir / "results.png")
+    if run.gammas:
+        plot_gammas(run)
+    LOGGER.info("%.1f minutes; results in %s", seconds / 60, run.dir)
+    for path in (best, last):
+        if path.is_file():
+            LOGGER.info("%s, %.1f MB", path, path.stat().st_size / 1e6)
+
+
+def wait_for_all() -> None:
+    """Meet the other processes."""
+    if devices.world_size() > 1:
+        torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,486 @@
+"""Validate a YOLOv5 detector: precision, recall, mAP, speed.
+
+    python val.py --data data/coco128.yaml --weights yolov5s.pt --img 640
+    python val.py --data data/bccd.yaml --weights runs/train/exp/weights/best.pt --verbose
+    python val.py --data data/coco.yaml --weights yolov5s.pt --save-json
+    python val.py --data data/coco128.yaml --weights yolov5s.pt --task speed --device 0
+    python val.py --data data/coco128.yaml --weights yolov5n.pt yolov5s.pt --task study
+
+Results are in runs/val/exp*: results.json, curves, confusion matrix, pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import Model
+from utils.boxes import cxcywh_from_xyxy, to_letterbox
+from utils.checkpoint import load_detector
+from utils.coco_json import (
+    CocoIds,
+    detections_as_coco,
+    ground_truth_as_coco,
+    number_for_coco,
+    score_with_pycocotools,
+    write_json,
+)
+from utils.config import DatasetSpec, find_config, load_dataset_spec
+from utils.dataset import Batch, DetectionDataset, Loader, Split, build_loader, scan_split
+from utils.device import describe_device, select_device
+from utils.downloads import ensure_dataset, find_weights
+from utils.evaluate import EvaluationResult, evaluate
+from utils.plots import (
+    plot_batch,
+    plot_confidence_curve,
+    plot_confusion_matrix,
+    plot_pr_curve,
+    plot_study,
+)
+from utils.profile import count_gflops, count_parameters
+from utils.run_dir import new_run_dir, save_options, write_text_atomic
+
+ROOT = Path(__file__).resolve().parent
+LOGGER = logging.getLogger("val")
+
+RECT_PAD = 0.5  # of rectangular batches, in strides
+STUDY_SIZES = range(256, 1536 + 1, 128)
+NUM_BATCH_PICTURES = 3
+# Default --conf-thres and --iou-thres: for mAP, and as in use (--task speed).
+THRESHOLDS_FOR_MAP, THRESHOLDS_IN_USE = (0.001, 0.6), (0.25, 0.45)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags with their defaults."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    group = parser.add_argument_group("network and data")
+    group.add_argument(
+        "--weights",
+        nargs="+",
+        default=["yolov5s.pt"],
+        help="checkpoint: ours, a public YOLOv5 .pt or a known name; several for --task study",
+    )
+    group.add_argument("--data", default="data/coco128.yaml", help="data set yaml")
+    group.add_argument(
+        "--task",
+        choices=("train", "val", "test", "speed", "study"),
+        default="val",
+        help="split to use; or the speed on val; or a sweep over image sizes on val",
+    )
+    group.add_argument("--single-cls", action="store_true", help="treat all classes as one")
+    group.add_argument(
+        "--allow-download-scripts",
+        action="store_true",
+        help="run the `download:` command of a data set yaml that is not part of this project",
+    )
+    group = parser.add_argument_group("detection")
+    group.add_argument(
+        "--imgsz", "--img", "--img-size", type=int, default=640, help="pixels; study has its own"
+    )
+    group.add_argument("--batch-size", type=int, default=32, help="images")
+    group.add_argument(
+        "--conf-thres", type=float, help="least confidence, 0 to 1; default 0.001, speed: 0.25"
+    )
+    group.add_argument("--iou-thres", type=float, help="of NMS, 0 to 1; default 0.6, speed: 0.45")
+    group.add_argument("--max-det", type=int, default=300, help="detections per image, at most")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="", help="'' (best), cpu, mps or 0")
+    group.add_argument("--half", action="store_true", help="float16; needs a GPU")
+    group.add_argument("--workers", type=int, default=8, help="loader processes, at most")
+    group = parser.add_argument_group("results")
+    group.add_argument("--verbose", action="store_true", help="a row per class")
+    group.add_argument("--save-txt", action="store_true", help="labels/<image>.txt in YOLO form")
+    group.add_argument("--save-conf", action="store_true", help="confidences in these files")
+    group.add_argument(
+        "--save-json", action="store_true", help="predictions.json, scored with pycocotools"
+    )
+    group.add_argument("--noplots", action="store_true", help="no pictures")
+    group.add_argument("--project", default=str(ROOT / "runs/val"), help="parent folder")
+    group.add_argument("--name", default="exp", help="folder name; a number is added")
+    group.add_argument("--exist-ok", action="store_true", help="write into an existing folder")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check what can be checked without reading files."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.task in ("speed", "study"):
+        for flag in ("verbose", "save_txt", "save_json"):
+            if getattr(options, flag):
+                name = flag.replace("_", "-")
+                parser.error(f"--{name} does not act with --task {options.task}")
+    if options.save_conf and not options.save_txt:
+        parser.error("--save-conf acts only with --save-txt")
+    if len(options.weights) > 1 and options.task != "study":
+        parser.error("several --weights can be compared with --task study only")
+    thresholds = THRESHOLDS_IN_USE if options.task == "speed" else THRESHOLDS_FOR_MAP
+    for flag, default in zip(("conf_thres", "iou_thres"), thresholds, strict=True):
+        value = getattr(options, flag)
+        if value is None:
+            setattr(options, flag, default)
+        elif not 0 <= value <= 1:
+            parser.error(f"--{flag.replace('_', '-')} is {value}, expected 0 to 1")
+    for flag, low in (("batch_size", 1), ("imgsz", 32), ("max_det", 1), ("workers", 0)):
+        value = getattr(options, flag)
+        if value < low:
+            parser.error(f"--{flag.replace('_', '-')} is {value}, expected at least {low}")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one validation from its options to its files."""
+    options = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    device = select_device(options.device)
+    precision = select_precision(options.half, device)
+    LOGGER.info("device %s, %s", describe_device(device), str(precision).removeprefix("torch."))
+    data = load_data(options)
+    models = {weights: load_network(weights, data, options, device) for weights in options.weights}
+    split = scan(data, options)
+    run_dir = new_run_dir(options.project, options.name, options.exist_ok)
+    save_options(run_dir / "opt.yaml", vars(options))
+
+    if options.task == "study":
+        study(models, split, data.names, run_dir, options, device, precision)
+    else:
+        (model,) = models.values()
+        imgsz = round_imgsz(options.imgsz, model.max_stride)
+        describe_network(model, imgsz)
+        loader = build_rect_loader(split, imgsz, model.max_stride, options)
+        saver = BatchSaver(run_dir, split, data.names, options)
+        result = run(model, loader, data.names, options, device, precision, saver)
+        if options.task != "speed":
+            print_table(result, options.verbose)
+            save_results(result, imgsz, run_dir)
+            if not options.noplots:
+                draw_curves(result, run_dir)
+            if options.save_json:
+                score_as_coco(saver, split, run_dir)
+        print_speed(result, imgsz)
+    LOGGER.info("results in %s", run_dir)
+
+
+def select_precision(half: bool, device: torch.device) -> torch.dtype:
+    """Number format of the network."""
+    if half and device.type == "cpu":
+        raise ValueError(
+            "--half needs a GPU: float16 on a CPU is emulated and many times slower than float32; "
+            "leave --half away or choose a --device"
+        )
+    return torch.float16 if half else torch.float32
+
+
+def load_data(options: argparse.Namespace) -> DatasetSpec:
+    """Find the data set yaml; get the data if they are not there yet."""
+    needed = (split_name(options.task),)
+    data = load_dataset_spec(find_config(options.data, ["data"], ROOT), ROOT)
+    try:
+        ensure_dataset(data, splits=needed, allow_scripts=options.allow_download_scripts)
+    except RuntimeError as error:  # the download command failed; it has said why
+        raise OSError(str(error)) from error
+    data = load_dataset_spec(data.source, ROOT)  # paths may exist only now
+    data.check_exists(needed)
+    return data
+
+
+def split_name(task: str) -> str:
+    """The split that a task looks at."""
+    return task if task in ("train", "val", "test") else "val"
+
+
+def load_network(
+    weights: str, data: DatasetSpec, options: argparse.Namespace, device: torch.device
+) -> Model:
+    """Read a network and check that it fits the data set."""
+    path = find_weights(weights, ROOT)
+    detector = load_detector(path, device)
+    if not options.single_cls and detector.names != data.names:
+        if len(detector.names) != data.num_classes:
+            raise ValueError(
+                f"{path} detects {len(detector.names)} classes, {data.source} names "
+                f"{data.num_classes}; give the data set it was trained for, or --single-cls"
+            )
+        pairs = zip(detector.names, data.names, strict=True)
+        theirs, ours = next(pair for pair in pairs if pair[0] != pair[1])
+        LOGGER.warning(
+            "%s and %s name their classes differently (%r, %r); the order counts, names do not",
+            path, data.source, theirs, ours,
+        )  # fmt: skip
+    return detector.model
+
+
+def scan(data: DatasetSpec, options: argparse.Namespace) -> Split:
+    """Find and check images and labels of the split."""
+    wants_files_alone = options.task == "test" and (options.save_txt or options.save_json)
+    return scan_split(
+        getattr(data, split_name(options.task)),
+        data.names,
+        single_cls=options.single_cls,
+        workers=max(options.workers, 1),
+        require_labels=options.task != "speed" and not wants_files_alone,
+    )
+
+
+def round_imgsz(imgsz: int, stride: int) -> int:
+    """The size rounded up to a multiple of the stride, in pixels."""
+    rounded = math.ceil(imgsz / stride) * stride
+    if rounded != imgsz:
+        LOGGER.warning("--imgsz %d is not a multiple of %d; using %d", imgsz, stride, rounded)
+    return rounded
+
+
+def describe_network(model: Model, imgsz: int) -> None:
+    """Log the size of the network."""
+    LOGGER.info(
+        "network: %s parameters, %.2f GFLOPs at %d x %d",
+        f"{count_parameters(model):,}", count_gflops(model, imgsz), imgsz, imgsz,
+    )  # fmt: skip
+
+
+def build_rect_loader(split: Split, imgsz: int, stride: int, options: argparse.Namespace) -> Loader:
+    """Batches of images of like shape, without augmentation."""
+    dataset = DetectionDataset(
+        split, imgsz, rect=True, batch_size=options.batch_size, stride=stride, pad=RECT_PAD
+    )
+    return build_loader(dataset, options.batch_size, workers=options.workers)
+
+
+class BatchSaver:
+    """What is written while the evaluation runs: text files, COCO results, pictures."""
+
+    def __init__(
+        self, run_dir: Path, split: Split, names: tuple[str, ...], options: argparse.Namespace
+    ) -> None:
+        """Prepare the folder of the text files and the numbers of the COCO results."""
+        self.run_dir, self.options = run_dir, options
+        self.names = names[:1] if options.single_cls else names
+        self.num_batches = 0
+        self.coco_ids: CocoIds | None = None
+        self.coco_results: list[dict[str, Any]] = []
+        self._texts = _text_files(split.paths, run_dir / "labels") if options.save_txt else {}
+        if options.save_txt:
+            (run_dir / "labels").mkdir(exist_ok=True)
+        if options.save_json:
+            self.coco_ids = number_for_coco(split.paths, len(self.names))
+
+    def __call__(self, batch: Batch, detections: list[Tensor]) -> None:
+        """Save what the options ask for of one batch; detections are in original pixels."""
+        for path, letterbox, rows in zip(batch.paths, batch.letterboxes, detections, strict=True):
+            if self.options.save_txt:
+                write_text(self._texts[path], rows, letterbox.original_hw, self.options.save_conf)
+            if self.coco_ids is not None:
+                self.coco_results += detections_as_coco(rows, path, self.coco_ids)
+        wants_pictures = not self.options.noplots and self.options.task != "speed"
+        if wants_pictures and self.num_batches < NUM_BATCH_PICTURES:
+            draw_batch(batch, detections, self.names, self.run_dir, self.num_batches)
+        self.num_batches += 1
+
+
+def _text_files(paths: Sequence[str], folder: Path) -> dict[str, Path]:
+    """A text file for each image; where file names repeat, the image's folder comes in front."""
+    stems = [Path(path).stem for path in paths]
+    repeated = (
+        {stem for stem in stems if stems.count(stem) > 1} if len(set(stems)) < len(stems) else set()
+    )
+    return {
+        path: folder / f"{Path(path).parent.name + '_' if stem in repeated else ''}{stem}.txt"
+        for path, stem in zip(paths, stems, strict=True)
+    }
+
+
+def write_text(
+    path: Path, detections: Tensor, original_hw: tuple[int, int], save_conf: bool
+) -> None:
+    """Write `class cx cy w h [conf]` per detection, normalised to the original image."""
+    height, width = original_hw
+    boxes_norm = cxcywh_from_xyxy(detections[:, :4]) / torch.tensor([width, height, width, height])
+    lines = []
+    for row, conf, cls in zip(
+        boxes_norm.tolist(), detections[:, 4].tolist(), detections[:, 5].tolist(), strict=True
+    ):
+        numbers = [*row, conf] if save_conf else row
+        lines.append(" ".join([str(int(cls)), *(f"{number:.6g}" for number in numbers)]) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def draw_batch(
+    batch: Batch, detections: list[Tensor], names: tuple[str, ...], run_dir: Path, number: int
+) -> None:
+    """Pictures of the labels and of the detections of one batch."""
+    on_input = [
+        torch.cat((to_letterbox(rows[:, :4], letterbox), rows[:, 4:]), 1)
+        for rows, letterbox in zip(detections, batch.letterboxes, strict=True)
+    ]
+    labels, found = f"val_batch{number}_labels.jpg", f"val_batch{number}_pred.jpg"
+    plot_batch(batch.images, batch.targets, batch.paths, names, run_dir / labels)
+    plot_batch(batch.images, on_input, batch.paths, names, run_dir / found)
+
+
+def run(
+    model: Model,
+    loader: Loader,
+    names: tuple[str, ...],
+    options: argparse.Namespace,
+    device: torch.device,
+    precision: torch.dtype,
+    saver: BatchSaver | None = None,
+) -> EvaluationResult:
+    """Evaluate with folded BN, as a detector in use runs."""
+    return evaluate(
+        model.fuse(),
+        loader,
+        names,
+        device=device,
+        precision=precision,
+        conf_thres=options.conf_thres,
+        iou_thres=options.iou_thres,
+        max_det=options.max_det,
+        single_cls=options.single_cls,
+        on_batch=saver,
+    )
+
+
+def print_table(result: EvaluationResult, verbose: bool) -> None:
+    """Means over the classes; with `verbose` each class that has labels."""
+    LOGGER.info("%22s" + "%11s" * 6, "Class", "Images", "Labels", "P", "R", "mAP@.5", "mAP@.5:.95")
+    row = "%22s" + "%11d" * 2 + "%11.4f" * 4
+    LOGGER.info(
+        row, "all", result.num_images, result.num_labels, result.precision, result.recall,
+        result.map50, result.map50_95,
+    )  # fmt: skip
+    if verbose:
+        for values in per_class_rows(result):
+            LOGGER.info(row, *values)
+    if not result.num_labels:
+        LOGGER.warning("no labels: there is nothing to measure, all figures are 0")
+
+
+def per_class_rows(result: EvaluationResult) -> list[tuple[Any, ...]]:
+    """Name, images, labels, precision, recall, AP@.5, AP@.5:.95 of each class with labels."""
+    ap = result.ap_result
+    figures = np.stack((ap.precision, ap.recall, ap.ap50, ap.ap50_95), 1).tolist()
+    return [
+        (
+            result.names[cls],
+            int(result.num_images_per_class[cls]),
+            int(result.num_labels_per_class[cls]),
+            *numbers,
+        )
+        for cls, numbers in zip(ap.classes.tolist(), figures, strict=True)
+    ]
+
+
+def print_speed(result: EvaluationResult, imgsz: int) -> None:
+    """Milliseconds per image."""
+    LOGGER.info(
+        "speed per image at %d px: %.1f ms pre-process, %.1f ms inference, %.1f ms NMS",
+        imgsz, *result.speed_ms,
+    )  # fmt: skip
+
+
+def save_results(result: EvaluationResult, imgsz: int, run_dir: Path) -> None:
+    """`results.json`: the table and the speed for programs."""
+    keys = ("name", "images", "labels", "precision", "recall", "map50", "map50_95")
+    content = {
+        "imgsz": imgsz,
+        "images": result.num_images,
+        "labels": result.num_labels,
+        "precision": result.precision,
+        "recall": result.recall,
+        "map50": result.map50,
+        "map50_95": result.map50_95,
+        "best_conf": result.ap_result.best_conf,
+        "speed_ms": dict(zip(("pre_process", "inference", "nms"), result.speed_ms, strict=True)),
+        "classes": [dict(zip(keys, row, strict=True)) for row in per_class_rows(result)],
+    }
+    write_text_atomic(run_dir / "results.json", json.dumps(content, indent=1))
+
+
+def draw_curves(result: EvaluationResult, run_dir: Path) -> None:
+    """Confusion matrix, and the curves over recall and confidence."""
+    ap = result.ap_result
+    names = [result.names[cls] for cls in ap.classes]
+    plot_confusion_matrix(result.confusion.matrix, result.names, run_dir / "confusion_matrix.png")
+    plot_pr_curve(ap.recalls, ap.precision_at_recall, ap.ap50, names, run_dir / "PR_curve.png")
+    for letter, curve, quantity in (
+        ("P", ap.precision_curve, "precision"),
+        ("R", ap.recall_curve, "recall"),
+        ("F1", ap.f1_curve, "F1"),
+    ):
+        out = run_dir / f"{letter}_curve.png"
+        plot_confidence_curve(ap.confidences, curve, names, out, quantity=quantity)
+
+
+def score_as_coco(saver: BatchSaver, split: Split, run_dir: Path) -> None:
+    """`predictions.json`, and what pycocotools says about it."""
+    ids = saver.coco_ids
+    assert ids is not None
+    predictions = run_dir / "predictions.json"
+    write_json(predictions, saver.coco_results)
+    annotations = ids.annotations
+    if annotations is None:
+        if not split.report.num_boxes:
+            LOGGER.info("%s written; without labels there is nothing to score", predictions)
+            return
+        annotations = run_dir / "annotations.json"
+        shapes_hw, names = split.shapes_hw, saver.names
+        write_json(
+            annotations, ground_truth_as_coco(split.paths, split.labels, shapes_hw, names, ids)
+        )
+    LOGGER.info("scoring %s with pycocotools against %s", predictions.name, annotations)
+    score = score_with_pycocotools(annotations, predictions, list(ids.images.values()))
+    LOGGER.info("%s", score.summary.rstrip())
+    write_text_atomic(run_dir / "pycocotools.txt", score.summary)
+
+
+def study(
+    models: dict[str, Model],
+    split: Split,
+    names: tuple[str, ...],
+    run_dir: Path,
+    options: argparse.Namespace,
+    device: torch.device,
+    precision: torch.dtype,
+) -> None:
+    """Evaluate each network at a range of image sizes: `study.csv`, `study.png`."""
+    header = ("weights", "imgsz", "precision", "recall", "map50", "map50_95")
+    header += ("pre_process_ms", "inference_ms", "nms_ms")
+    curves: dict[str, list[tuple[int, float, float]]] = {weights: [] for weights in models}
+    with (run_dir / "study.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for weights, model in models.items():
+            for imgsz in STUDY_SIZES:
+                loader = build_rect_loader(split, imgsz, model.max_stride, options)
+                result = run(model, loader, names, options, device, precision)
+                scores = (result.precision, result.recall, result.map50, result.map50_95)
+                numbers = [f"{number:.5g}" for number in (*scores, *result.speed_ms)]
+                writer.writerow([weights, imgsz, *numbers])
+                file.flush()  # a sweep is long: keep what there is
+                LOGGER.info("%s %s", weights, imgsz)
+                print_table(result, verbose=False)
+                print_speed(result, imgsz)
+                curves[weights].append((imgsz, sum(result.speed_ms), result.map50_95))
+    if not options.noplots:
+        plot_study(curves, run_dir / "study.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        raise SystemExit(f"error: {error}") from None
