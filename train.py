@@ -467,7 +467,7 @@ def build_loaders(
         train_set,
         share,
         workers=options.workers,
-        shuffle=not options.rect,
+        shuffle=True,
         seed=options.seed,
         rank=devices.rank(),
         world_size=devices.world_size(),

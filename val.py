@@ -188,10 +188,7 @@ def load_data(options: argparse.Namespace) -> DatasetSpec:
     """Find the data set yaml; get the data if they are not there yet."""
     needed = (split_name(options.task),)
     data = load_dataset_spec(find_config(options.data, ["data"], ROOT), ROOT)
-    try:
-        ensure_dataset(data, splits=needed, allow_scripts=options.allow_download_scripts)
-    except RuntimeError as error:  # the download command failed; it has said why
-        raise OSError(str(error)) from error
+    ensure_dataset(data, splits=needed, allow_scripts=options.allow_download_scripts)
     data = load_dataset_spec(data.source, ROOT)  # paths may exist only now
     data.check_exists(needed)
     return data

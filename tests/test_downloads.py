@@ -405,8 +405,8 @@ def test_foreign_commands_run_when_allowed(tmp_path):
 @pytest.mark.parametrize(
     ("command", "error", "complaint"),
     [
-        ("python -c 'raise SystemExit(3)'", RuntimeError, "failed with status 3"),
-        ("no-such-program --x", RuntimeError, "cannot run 'no-such-program --x'"),
+        ("python -c 'raise SystemExit(3)'", OSError, "failed with status 3"),
+        ("no-such-program --x", OSError, "cannot run 'no-such-program --x'"),
         ("python -c pass", FileNotFoundError, "images not found"),
         ("python -c 'unclosed", ValueError, "No closing quotation"),
     ],

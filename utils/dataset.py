@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils.augment import (
+    GREY,
     Sample,
     augment_colour_and_flip,
     copy_paste,
@@ -137,7 +138,7 @@ class DetectionDataset(Dataset[Item]):
         self._cache = None
         if cache:
             self._cache = build_image_cache(
-                cache, split.paths, self._resized_hw(), self._load, self._variant(), workers
+                cache, split.paths, self._resized_hw(), self._load_whole, self._variant(), workers
             )
 
     def __len__(self) -> int:
@@ -178,8 +179,13 @@ class DetectionDataset(Dataset[Item]):
             # Damage inside the pixels, which the scan cannot see, must not end a long run.
             LOGGER.warning("used as an empty picture: %s", error)
             self._grey_images.add(index)
-            return np.full((*self._resized_hw()[index], 3), 114, np.uint8)
+            return np.full((*self._resized_hw()[index], 3), GREY, np.uint8)
         return resize_long_side(image, self.imgsz, smooth=self.hyp is None)
+
+    def _load_whole(self, index: int) -> np.ndarray | None:
+        """What may be cached: not the substitute for a damaged image."""
+        image = self._load(index)
+        return None if index in self._grey_images else image
 
     def _sample(self, index: int) -> Sample:
         """One image, long side = imgsz, with its objects in pixels."""

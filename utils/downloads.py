@@ -318,8 +318,8 @@ def ensure_dataset(
     Raises:
         PermissionError: a command is needed that may not run.
         FileNotFoundError: there is no `download`, or afterwards the images are still not there.
-        OSError, ValueError: from `download` and `unpack`.
-        RuntimeError: the command failed.
+        OSError: from `download`; or the command failed.
+        ValueError: from `unpack`.
     """
     splits = [split for split in splits if getattr(spec, split)]
     if not spec.missing(splits):
@@ -396,9 +396,9 @@ def _run_download_command(spec: DatasetSpec, allow_scripts: bool, root: Path) ->
     try:
         subprocess.run(words, cwd=root, check=True)
     except OSError as error:
-        raise RuntimeError(f"{spec.source}: cannot run {command!r}: {error.strerror}") from error
+        raise OSError(f"{spec.source}: cannot run {command!r}: {error.strerror}") from error
     except subprocess.CalledProcessError as error:
-        raise RuntimeError(
+        raise OSError(
             f"{spec.source}: {command!r} failed with status {error.returncode}"
         ) from error
 

@@ -119,7 +119,7 @@ class _Tally:
         return result, np.bincount(label_cls, minlength=self.num_classes)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a loss or a hook keeps must stay usable in training
 def evaluate(
     model: nn.Module,
     loader: Iterable[Batch],

@@ -30,7 +30,7 @@ def build_image_cache(
     kind: str,
     paths: Sequence[str],
     resized_hw: np.ndarray,
-    load: Callable[[int], np.ndarray],
+    load: Callable[[int], np.ndarray | None],
     variant: str,
     workers: int = 8,
 ) -> ImageCache | None:
@@ -40,7 +40,7 @@ def build_image_cache(
         kind: `ram` or `disk`.
         paths: image files.
         resized_hw: int [N, 2], the size each will have once loaded.
-        load: decodes and resizes one image.
+        load: decodes and resizes one image; None for one that is damaged.
         variant: tells apart ways of resizing, for file names.
         workers: threads that decode.
 
@@ -70,7 +70,7 @@ class RamCache:
 
     @classmethod
     def fill(
-        cls, resized_hw: np.ndarray, load: Callable[[int], np.ndarray], workers: int
+        cls, resized_hw: np.ndarray, load: Callable[[int], np.ndarray | None], workers: int
     ) -> RamCache | None:
         """Decode everything; None if it does not fit."""
         needed, free = int(resized_hw.prod(1).sum()) * 3, available_memory()
@@ -86,7 +86,8 @@ class RamCache:
 
         def keep(index: int) -> None:
             image = load(index)
-            if image.shape[:2] == tuple(resized_hw[index]):  # else it has changed since the scan
+            # Another size: the file has changed since the scan.
+            if image is not None and image.shape[:2] == tuple(resized_hw[index]):
                 cache._block(index)[...] = image
                 cache.filled[index] = True
 
@@ -149,31 +150,27 @@ class DiskCache:
         cls,
         paths: Sequence[str],
         resized_hw: np.ndarray,
-        load: Callable[[int], np.ndarray],
+        load: Callable[[int], np.ndarray | None],
         variant: str,
         workers: int,
     ) -> DiskCache | None:
         """Write what is not there yet; None if it does not fit or cannot be written."""
-        files = [_cache_file(path, variant) for path in paths]
-        todo = [index for index, file in enumerate(files) if not file.is_file()]
-        if not todo:
-            LOGGER.info("images are cached on disk, for example %s", files[0])
-            return cls(files, resized_hw)
         try:
-            for folder in {files[index].parent for index in todo}:
-                _make_writable_folder(folder)
-            needed = int(resized_hw[todo].prod(1).sum()) * 3
-            free = shutil.disk_usage(files[todo[0]].parent).free
-            size = f"{len(todo)} images need {_gigabytes(needed)} in {files[todo[0]].parent}"
-            if needed > DISK_SHARE * free:
-                LOGGER.warning("no image cache: %s, where %s are free", size, _gigabytes(free))
+            files = [_cache_file(path, variant) for path in paths]
+            todo = [index for index, file in enumerate(files) if not file.is_file()]
+            if todo and not _make_room([files[index] for index in todo], resized_hw[todo]):
                 return None
-            LOGGER.info("caching images on disk: %s", size)
-            _for_each(lambda position: _write(files[todo[position]], load(todo[position])),
-                      len(todo), workers)  # fmt: skip
+
+            def keep(position: int) -> None:
+                image = load(todo[position])
+                if image is not None:
+                    _write(files[todo[position]], image)
+
+            _for_each(keep, len(todo), workers)
         except OSError as error:
             LOGGER.warning("no image cache: %s", error)
             return None
+        LOGGER.info("images are cached on disk, for example %s", files[0])
         return cls(files, resized_hw)
 
     def get(self, index: int) -> np.ndarray | None:
@@ -195,6 +192,25 @@ def _cache_file(image: str, variant: str) -> Path:
     return base.with_name(f"{base.name}.{variant}.{state}.npy")
 
 
+def _make_room(files: Sequence[Path], resized_hw: np.ndarray) -> bool:
+    """Make the folders and remove outdated files; False, with a warning, if space is short.
+
+    Raises:
+        OSError: a folder cannot be written.
+    """
+    folders = {file.parent for file in files}
+    for folder in folders:
+        _make_writable_folder(folder)
+    _remove_outdated(files, folders)
+    needed, free = int(resized_hw.prod(1).sum()) * 3, shutil.disk_usage(files[0].parent).free
+    size = f"{len(files)} images need {_gigabytes(needed)} in {files[0].parent}"
+    if needed > DISK_SHARE * free:
+        LOGGER.warning("no image cache: %s, where %s are free", size, _gigabytes(free))
+        return False
+    LOGGER.info("caching images on disk: %s", size)
+    return True
+
+
 def _make_writable_folder(folder: Path) -> None:
     """Create a folder unless the place was meant to stay as it is.
 
@@ -207,11 +223,16 @@ def _make_writable_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def _remove_outdated(files: Sequence[Path], folders: set[Path]) -> None:
+    """Remove what was cached of earlier states of these images."""
+    wanted = {file.with_name(file.name.rsplit(".", 2)[0]) for file in files}
+    for folder in folders:
+        for old in folder.iterdir():
+            if old.suffix == ".npy" and old.with_name(old.name.rsplit(".", 2)[0]) in wanted:
+                old.unlink(missing_ok=True)
+
+
 def _write(file: Path, image: np.ndarray) -> None:
-    prefix = file.name.rsplit(".", 2)[0]
-    for old in file.parent.iterdir() if file.parent.is_dir() else ():
-        if old.name.startswith(f"{prefix}.") and old.name.endswith(".npy"):
-            old.unlink(missing_ok=True)  # of an earlier state of the image
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:

@@ -84,12 +84,13 @@ def image_hw(path: str | Path) -> tuple[int, int]:
 @contextmanager
 def silent_decoder() -> Iterator[None]:
     """Keep OpenCV from writing to stderr about damaged files, which we report ourselves."""
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    logging = getattr(cv2.utils, "logging", cv2)  # OpenCV 4 has the functions at the top
+    level = logging.getLogLevel()
+    logging.setLogLevel(0)  # silent
     try:
         yield
     finally:
-        cv2.utils.logging.setLogLevel(level)
+        logging.setLogLevel(level)
 
 
 def _one_line(error: Exception) -> str:

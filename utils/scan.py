@@ -145,7 +145,7 @@ def parse_labels(text: str, where: str, num_classes: int | None) -> LabelFile:
     problems: list[str] = []
     seen: set[tuple[float, ...]] = set()
     num_duplicates = 0
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         fields = line.split()
         if not fields:
             continue
@@ -177,18 +177,18 @@ def _parse_line(fields: list[str], num_classes: int | None) -> tuple[tuple[float
         )
     numbers = [_parse_number(text) for text in fields]
     cls, coordinates = numbers[0], numbers[1:]
-    if cls < 0 or cls != int(cls):
-        raise ValueError(f"class {fields[0]}; expected a whole number from 0")
+    if not 0 <= cls <= _MAX_CLASS or cls != int(cls):
+        raise ValueError(f"class {_short(fields[0])}; expected a whole number from 0")
     if num_classes is not None and cls >= num_classes:
         known = f"{num_classes} classes (0 to {num_classes - 1})" if num_classes > 1 else "class 0"
         raise ValueError(f"class {int(cls)}, but the data set names {known}")
     for text, value in zip(fields[1:], coordinates, strict=True):
         if not -COORDINATE_TOLERANCE <= value <= 1 + COORDINATE_TOLERANCE:
-            raise ValueError(f"coordinate {text} lies outside 0 to 1")
+            raise ValueError(f"coordinate {_short(text)} lies outside 0 to 1")
     if num_coordinates == 4:
         cx, cy, w, h = coordinates
         if w <= 0 or h <= 0:
-            raise ValueError(f"box of size {fields[3]} x {fields[4]}")
+            raise ValueError(f"box of size {_short(fields[3])} x {_short(fields[4])}")
         corners, polygon = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), _NO_POLYGON
     else:
         polygon = np.clip(np.array(coordinates, np.float32).reshape(-1, 2), 0, 1)
@@ -197,16 +197,22 @@ def _parse_line(fields: list[str], num_classes: int | None) -> tuple[tuple[float
 
 
 _NO_POLYGON = np.zeros((0, 2), np.float32)
+_MAX_CLASS = 1e6  # beyond this it is no class index but damage
 
 
 def _parse_number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise ValueError(f"{text!r} is not a number") from None
+        raise ValueError(f"{_short(text)!r} is not a number") from None
     if not math.isfinite(value):
-        raise ValueError(f"{text!r} is not a finite number")
+        raise ValueError(f"{_short(text)!r} is not a finite number")
     return value
+
+
+def _short(text: str) -> str:
+    """For messages: a damaged file may hold a word of many megabytes."""
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _box_inside_image(
@@ -260,7 +266,7 @@ def _walk_images(folder: str, ancestors: set[str]) -> Iterable[str]:
 
 def _read_list(source: Path) -> tuple[list[str], list[str]]:
     try:
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
+        lines = source.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not a text file in UTF-8: {error}") from error
     paths, problems = [], []

@@ -1,0 +1,128 @@
+"""Decoded images kept in memory and on disk."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from utils import image_cache
+from utils.config import load_hyperparameters
+from utils.dataset import DetectionDataset, build_loader
+from utils.scan import scan_split
+
+ROOT = Path(__file__).resolve().parents[1]
+LOW = load_hyperparameters(ROOT / "data" / "hyps" / "hyp.scratch-low.yaml")
+HIGH = load_hyperparameters(ROOT / "data" / "hyps" / "hyp.scratch-high.yaml")
+NAMES = ("disc", "box", "bar")
+
+
+@pytest.fixture
+def split(tiny_dataset):
+    return scan_split([tiny_dataset.images], tiny_dataset.names)
+
+
+def collect(loader) -> list[torch.Tensor]:
+    loader.set_epoch(0)
+    return [part for batch in loader for part in (batch.images, batch.targets)]
+
+
+def are_equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+@pytest.mark.parametrize("hyp", [None, HIGH])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pixel_caches_give_the_same_images(split, kind, hyp, workers, caplog):
+    plain = build_loader(DetectionDataset(split, 64, hyp=hyp), 2)
+    with caplog.at_level(logging.INFO):
+        dataset = DetectionDataset(split, 64, hyp=hyp, cache=kind)
+    assert "4 images need 0.00 GiB" in caplog.text
+    cached = build_loader(dataset, 2, workers=workers)
+    expected = collect(plain)
+    for path in split.paths:
+        Path(path).write_bytes(b"gone")  # whoever still reads the files gets grey
+    assert are_equal(collect(cached), expected)
+    assert are_equal(collect(cached), expected), "the cache is not written to"
+
+
+def test_ram_cache_is_refused_where_it_does_not_fit(split, monkeypatch, caplog):
+    monkeypatch.setattr(image_cache, "available_memory", lambda: 40_000)
+    expected = DetectionDataset(split, 64)[0].image
+    dataset = DetectionDataset(split, 64, cache="ram")
+    assert "no image cache: 4 images need 0.00 GiB of memory, only" in caplog.text
+    assert torch.equal(dataset[0].image, expected)
+
+
+def test_available_memory_is_plausible():
+    available = image_cache.available_memory()
+    assert available is None or 2**20 < available < 2**50
+
+
+def disk_files(tiny_dataset) -> list[Path]:
+    return sorted((tiny_dataset.root / "image_cache" / "train").glob("*"))
+
+
+def test_disk_cache_is_kept_and_notices_changed_images(tiny_dataset, split, caplog):
+    DetectionDataset(split, 64, cache="disk")
+    files = disk_files(tiny_dataset)
+    assert len(files) == 4
+    assert all(file.suffix == ".npy" for file in files)
+    times = [file.stat().st_mtime_ns for file in files]
+    DetectionDataset(split, 64, cache="disk")
+    assert [file.stat().st_mtime_ns for file in disk_files(tiny_dataset)] == times
+
+    cv2.imwrite(str(tiny_dataset.images / "a.jpg"), np.full((96, 128, 3), 255, np.uint8))
+    split = scan_split([tiny_dataset.images], NAMES)
+    dataset = DetectionDataset(split, 64, cache="disk")
+    assert len(disk_files(tiny_dataset)) == 4, "the file of the old state has gone"
+    assert dataset[0].image[:, 32, 32].min() > 250
+
+    DetectionDataset(split, 96, cache="disk")
+    DetectionDataset(split, 64, hyp=LOW, cache="disk")  # resized in another way
+    assert len(disk_files(tiny_dataset)) == 12
+
+
+def test_damaged_disk_cache_is_passed_over(tiny_dataset, split):
+    dataset = DetectionDataset(split, 64, cache="disk")
+    expected = dataset[0].image
+    first = disk_files(tiny_dataset)[0]
+    for content in (b"", first.read_bytes()[:200], b"nonsense"):
+        first.write_bytes(content)
+        assert torch.equal(dataset[0].image, expected)
+    np.save(first, np.zeros((3, 3)))
+    assert torch.equal(dataset[0].image, expected)
+
+
+def test_disk_cache_in_a_read_only_place(tiny_dataset, split, caplog):
+    tiny_dataset.root.chmod(0o555)
+    try:
+        dataset = DetectionDataset(split, 64, cache="disk")
+    finally:
+        tiny_dataset.root.chmod(0o755)
+    assert "no image cache" in caplog.text
+    assert len(dataset[0].targets) == 2
+
+
+def test_disk_cache_on_a_full_disk(tiny_dataset, split, monkeypatch, caplog):
+    usage = shutil.disk_usage(tiny_dataset.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    dataset = DetectionDataset(split, 64, cache="disk")
+    assert "are free" in caplog.text
+    assert disk_files(tiny_dataset) == []
+    assert len(dataset[0].targets) == 2
+
+
+def test_a_damaged_image_is_not_cached(tiny_dataset, split, caplog):
+    path = tiny_dataset.images / "b.png"
+    path.write_bytes(path.read_bytes()[:300])
+    for kind in ("ram", "disk"):
+        image, targets, *_ = DetectionDataset(split, 64, cache=kind)[1]
+        assert (image == 114).all()
+        assert len(targets) == 0
+    assert len(disk_files(tiny_dataset)) == 3
+    assert "used as an empty picture" in caplog.text

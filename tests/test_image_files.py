@@ -1,0 +1,151 @@
+"""Image files: suffixes, orientation, kinds of pixels, damage."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from utils.image_files import image_hw, is_image_name, read_image
+
+
+def picture(height: int = 40, width: int = 60) -> np.ndarray:
+    """A smooth BGR picture that tells all its sides apart."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0] = np.linspace(0, 250, width, dtype=np.uint8)
+    image[..., 1] = np.linspace(250, 0, height, dtype=np.uint8)[:, None]
+    image[: height // 2, : width // 2, 2] = 200
+    return image
+
+
+def save(path: Path, image: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ok, content = cv2.imencode(path.suffix, image)
+    assert ok
+    path.write_bytes(content.tobytes())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a.jpg", True), ("a.JPEG", True), ("a.Png", True), ("a.bmp", True), ("a.webp", True),
+     ("a.tif", True), ("a.TIFF", True), ("a.b.jpg", True), ("._a.jpg", False), ("a.txt", False),
+     ("jpg", False), ("a.gif", False), (".jpg", False)],
+)  # fmt: skip
+def test_is_image_name(name, expected):
+    assert is_image_name(name) == expected
+
+
+def with_exif(jpeg: bytes, orientation: int, order: str = "<") -> bytes:
+    """Put an EXIF block with an orientation behind the start marker."""
+    pack = {"<": "little", ">": "big"}[order]
+
+    def number(value: int, size: int) -> bytes:
+        return value.to_bytes(size, pack)
+
+    entry = number(0x0112, 2) + number(3, 2) + number(1, 4) + number(orientation, 2) + b"\0\0"
+    tiff = {"<": b"II", ">": b"MM"}[order] + number(42, 2) + number(8, 4) + number(1, 2) + entry
+    block = b"Exif\0\0" + tiff + b"\0\0\0\0"
+    return jpeg[:2] + b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block + jpeg[2:]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("orientation", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+def test_jpeg_orientation_is_applied_and_known_from_the_header(tmp_path, orientation, order):
+    path = save(tmp_path / "a.jpg", picture())
+    path.write_bytes(with_exif(path.read_bytes(), orientation, order))
+    expected = (60, 40) if 5 <= orientation <= 8 else (40, 60)
+    assert image_hw(path) == expected
+    image = read_image(path)
+    assert image.shape == (*expected, 3)
+    # The red corner of the stored picture is upper left; this is where it goes.
+    corner = {2: (0, -1), 3: (-1, -1), 4: (-1, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+    row, column = corner.get(orientation, (0, 0))
+    assert image[row, column, 2] > 150
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".png", ".bmp", ".webp", ".tif", ".tiff"])
+def test_formats(tmp_path, suffix):
+    path = save(tmp_path / f"größe 'a' {suffix.lower()}", picture()).rename(tmp_path / f"ä{suffix}")
+    assert image_hw(path) == (40, 60)
+    image = read_image(path)
+    assert image.dtype == np.uint8
+    assert np.abs(image.astype(int) - picture()).mean() < 8
+
+
+GREY_PICTURE = picture()[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "stored", "expected"),
+    [
+        pytest.param(".png", GREY_PICTURE, GREY_PICTURE[..., None], id="grey"),
+        pytest.param(".jpg", GREY_PICTURE, GREY_PICTURE[..., None], id="grey jpeg"),
+        pytest.param(
+            ".png", np.dstack([picture(), GREY_PICTURE]), picture(), id="alpha is dropped"
+        ),
+        pytest.param(".png", picture().astype(np.uint16) * 257, picture(), id="16 bit"),
+        pytest.param(".tif", picture().astype(np.uint16) * 257, picture(), id="16 bit tiff"),
+        pytest.param(
+            ".png", GREY_PICTURE.astype(np.uint16) * 257, GREY_PICTURE[..., None], id="16 bit grey"
+        ),
+    ],
+)
+def test_kinds_of_pixels(tmp_path, suffix, stored, expected):
+    path = save(tmp_path / f"a{suffix}", stored)
+    image = read_image(path)
+    assert image.shape == (40, 60, 3)
+    assert np.abs(image.astype(int) - expected).max() <= 6
+    assert image_hw(path) == (40, 60)
+
+
+def test_palette_png(tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    path = tmp_path / "a.png"
+    image_module.fromarray(picture()[..., ::-1]).convert("P").save(path)
+    image = read_image(path)
+    assert image.shape == (40, 60, 3)
+    assert np.abs(image.astype(int) - picture()).mean() < 25
+    assert image_hw(path) == (40, 60)
+
+
+def test_jpeg_with_a_long_profile_before_its_header(tmp_path):
+    path = save(tmp_path / "a.jpg", picture())
+    content = path.read_bytes()
+    block = b"\xff\xe2" + (60000).to_bytes(2, "big") + bytes(59998)
+    path.write_bytes(content[:2] + block * 3 + content[2:])
+    assert image_hw(path) == read_image(path).shape[:2] == (40, 60)
+
+
+def test_jpeg_with_bytes_behind_its_end(tmp_path):
+    path = save(tmp_path / "a.jpg", picture())
+    path.write_bytes(path.read_bytes() + b"made by a phone")
+    assert image_hw(path) == (40, 60)
+
+
+BAD_CONTENT = [
+    pytest.param(".jpg", lambda content: b"", id="zero bytes"),
+    pytest.param(".png", lambda content: b"", id="zero bytes png"),
+    pytest.param(".jpg", lambda content: b"not an image at all", id="text"),
+    pytest.param(".jpg", lambda content: content[: len(content) // 2], id="half a jpeg"),
+    pytest.param(".jpg", lambda content: content[:-2], id="jpeg without end"),
+    pytest.param(".jpg", lambda content: content[:30], id="jpeg of its start"),
+    pytest.param(".png", lambda content: content[: len(content) // 2], id="half a png"),
+    pytest.param(".bmp", lambda content: content[: len(content) // 2], id="half a bmp"),
+    pytest.param(".webp", lambda content: content[: len(content) // 2], id="half a webp"),
+    pytest.param(".tif", lambda content: content[: len(content) // 2], id="half a tiff"),
+]
+
+
+@pytest.mark.parametrize(("suffix", "damage"), BAD_CONTENT)
+def test_damaged_images_are_told(tmp_path, suffix, damage):
+    path = save(tmp_path / f"a{suffix}", picture(200, 300))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(OSError, match=rf"a\{suffix}"):
+        image_hw(path)
+
+
+def test_missing_image(tmp_path):
+    for function in (image_hw, read_image):
+        with pytest.raises(FileNotFoundError):
+            function(tmp_path / "a.jpg")
