@@ -14,6 +14,7 @@ Results are in runs/train/exp*: weights/best.pt and last.pt, results.csv, pictur
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import logging
 import math
@@ -740,7 +741,7 @@ def validate(run: Run, loader: Loader, epoch: int) -> EvaluationResult | None:
     if run.options.noval and epoch < run.options.epochs - 1:
         return None
     return evaluate(
-        run.ema.model,
+        copy.deepcopy(run.ema.model).fuse(),
         loader,
         run.names,
         device=run.device,

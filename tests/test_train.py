@@ -2,6 +2,9 @@
 
 import csv
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -259,6 +262,20 @@ def test_nan_loss_stops_before_the_step(base, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "DetectionLoss", Broken)
     with pytest.raises(FloatingPointError, match=r"nan in epoch 0 .*\.(jpg|png)"):
         train.main([*base, "--epochs", "1"])
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(base, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "train.py", *base, "--epochs", "2", "--bn_sparsity"]
+    done = subprocess.run(
+        command, cwd=train.ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0
+    run = tmp_path / "runs/exp"
+    assert [row["epoch"] for row in results_of(run)] == ["0", "1"]
+    assert load_detector(run / "weights/last.pt").names == ("disc", "box", "bar")
+    assert not (tmp_path / "runs/exp2").exists()  # only the first process writes
 
 
 REFUSED = {
