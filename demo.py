@@ -107,7 +107,9 @@ def list_stages(options: argparse.Namespace, run_dir: Path) -> list[Stage]:
     dense, sparse, pruned, tuned, validated = (
         run_dir / name for name in ("1_dense", "2_sparse", "3_pruned", "4_finetuned", "5_val")
     )
-    train = ["train.py", "--data", options.data, "--batch-size", str(options.batch_size)]
+    # A short run needs many steps, so a step is a batch, not the 64 images of a long training.
+    batch = ["--batch-size", str(options.batch_size), "--nominal-batch", str(options.batch_size)]
+    train = ["train.py", "--data", options.data, *batch]
     common = ["--imgsz", str(options.imgsz), "--workers", str(options.workers)]
     common += ["--device", options.device] if options.device else []
     epochs = [["--epochs", str(count)] for count in options.epochs]

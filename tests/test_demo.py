@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import demo
 
@@ -78,8 +79,11 @@ def test_a_failing_stage_ends_the_demo():
 
 
 @pytest.mark.slow
-def test_demo_end_to_end_on_a_tiny_data_set(tmp_path, tiny_dataset):
-    command = [sys.executable, "demo.py", "--data", str(tiny_dataset.yaml), "--imgsz", "64"]
+def test_demo_end_to_end_on_a_tiny_data_set(tmp_path, tiny_dataset, tiny_spec):
+    cfg = tmp_path / "tiny.yaml"
+    cfg.write_text(yaml.safe_dump(tiny_spec))
+    command = [sys.executable, "demo.py", "--data", str(tiny_dataset.yaml), "--cfg", str(cfg)]
+    command += ["--imgsz", "64"]
     command += ["--epochs", "1", "1", "1", "--batch-size", "2", "--workers", "0"]
     command += ["--percent", "0.1", "--device", "cpu", "--project", str(tmp_path / "demo")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

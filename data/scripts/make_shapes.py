@@ -24,7 +24,7 @@ CLASS_NAMES = ("circle", "square", "triangle", "star", "ring", "cross")
 
 MIN_VISIBLE = 0.45  # less of a shape than this is never left, so every shape has a label
 MIN_INSIDE = 0.7  # share of a shape that lies inside the image
-SMALLEST, LARGEST = 0.05, 0.45  # side of a shape, as a share of the image side
+SMALLEST, LARGEST = 0.07, 0.5  # side of a shape, as a share of the image side
 MAX_SHAPES = 8
 
 
@@ -102,7 +102,7 @@ def draw_image(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
         [n, 5], class, cx, cy, w, h normalised. n may be 0.
     """
     canvas = draw_background(rng, size)
-    for _ in range(rng.integers(2, 9)):
+    for _ in range(rng.integers(1, 6)):
         _draw_clutter(rng, canvas)
     shapes: list[Shape] = []
     for _ in range(_num_shapes(rng)):
@@ -131,7 +131,7 @@ def draw_background(rng: Generator, size: int) -> np.ndarray:
     ramp = (np.cos(angle) * x + np.sin(angle) * y + 1) / 2.5
     dark, light = rng.uniform(30, 220, (2, 3)).astype(np.float32)
     canvas = dark + (light - dark) * ramp[..., None]
-    canvas += _noise_octaves(rng, size) * rng.uniform(10, 45)
+    canvas += _noise_octaves(rng, size) * rng.uniform(8, 32)
     if rng.random() < 0.5:
         period = rng.uniform(0.03, 0.25)
         angle = rng.uniform(0, np.pi)
@@ -290,7 +290,7 @@ def _paint(rng: Generator, canvas: np.ndarray, mask: np.ndarray) -> None:
     """Fill a shape with a textured colour that differs from what lies below, often only a bit."""
     below = canvas[mask > 127].mean(0)
     direction = rng.normal(size=3)
-    colour = below + direction / np.linalg.norm(direction) * rng.uniform(28, 130)
+    colour = below + direction / np.linalg.norm(direction) * rng.uniform(40, 150)
     outside = (colour < 0) | (colour > 255)
     colour = np.where(outside, 2 * below - colour, colour).clip(0, 255)
     blur = len(canvas) / 100
@@ -330,12 +330,12 @@ def _box_of(shape: Shape) -> tuple[float, float, float, float, float]:
 
 def _take_photograph(rng: Generator, canvas: np.ndarray) -> np.ndarray:
     """Exposure, blur and sensor noise; uint8."""
-    image = (canvas - 128) * rng.uniform(0.5, 1.1) + 128 + rng.uniform(-25, 25)
+    image = (canvas - 128) * rng.uniform(0.6, 1.1) + 128 + rng.uniform(-25, 25)
     if rng.random() < 0.5:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.8))
     if rng.random() < 0.2:
         image = _motion_blur(rng, image)
-    noise = rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(1, 16))
+    noise = rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(1, 12))
     return (image + noise).round().clip(0, 255).astype(np.uint8)
 
 
