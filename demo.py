@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from utils.checkpoint import load_detector
 from utils.device import describe_device, select_device
 from utils.metrics import fitness
-from utils.plots import plot_stage_table
+from utils.plots import draw, plot_stage_table
 from utils.profile import compare_latency, count_gflops, count_parameters
 from utils.run_dir import new_run_dir, read_results, write_text_atomic
 
@@ -181,7 +181,7 @@ def measure_stages(stages: Sequence[Stage], options: argparse.Namespace) -> list
                 "map50_95": map50_95,
                 "parameters": count_parameters(model),
                 "gflops": count_gflops(model, options.imgsz),
-                "latency_ms": latency,
+                "latency_ms": latency.milliseconds,
                 "file_mb": stage.weights.stat().st_size / 1e6,
             }
         )
@@ -216,7 +216,7 @@ def save_table(run_dir: Path, rows: Sequence[Mapping[str, Any]], table: str, tit
     writer.writerows(rows)
     write_text_atomic(run_dir / "stages.txt", table + "\n")
     write_text_atomic(run_dir / "stages.csv", buffer.getvalue())
-    plot_stage_table(rows, run_dir / "stages.png", title=title)
+    draw(plot_stage_table, rows, run_dir / "stages.png", title=title)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ pruned_model.yaml (train the slim network from scratch: train.py --cfg ...), pru
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
@@ -19,7 +20,7 @@ import logging
 import math
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,18 @@ from torch import Tensor, nn
 from models import Model, ModelSpec
 from models.blocks import Bottleneck
 from utils.checkpoint import Detector, build_checkpoint, load_detector, save_final
-from utils.config import DatasetSpec, find_config, load_dataset_spec, load_yaml
+from utils.config import find_config, load_dataset_spec, load_yaml
 from utils.dataset import DetectionDataset, Loader, build_loader, scan_split
 from utils.device import describe_device, select_device
 from utils.downloads import ensure_dataset, find_weights
-from utils.evaluate import EvaluationResult, evaluate
-from utils.profile import compare_latency, count_gflops, count_parameters
+from utils.evaluate import EvaluationResult, check_class_names, evaluate
+from utils.profile import (
+    Latency,
+    compare_latency,
+    count_gflops,
+    count_parameters,
+    out_of_memory_advice,
+)
 from utils.pruning.channel_groups import ChannelGroups, find_channel_groups
 from utils.pruning.keep_masks import KeepMasks, select_keep_masks, suggested_percent
 from utils.pruning.rewrite import CUT_TOLERANCE, check_cut, mask_model, prune_model
@@ -48,7 +55,6 @@ LOGGER = logging.getLogger("prune")
 LABEL_PAD = 0.5  # of rectangular validation batches, in strides
 # A channel is near 0 when its |gamma| is below this share of the median of those that stay.
 NEAR_ZERO = 0.1
-LEAST_SPEED_UP = 1.05  # less than this is not told from noise
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,6 +109,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--percent is a share, from 0 to below 1, and was given as {options.percent:g}{hint}"
         )
+    if options.percent == 0 and not options.dry_run:
+        parser.error("--percent 0 removes nothing; add --dry-run to see the tables alone")
     for name in ("conf_thres", "iou_thres"):
         if not 0 <= getattr(options, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected 0 to 1")
@@ -119,6 +127,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     device = select_device(options.device)
+    if options.dry_run:
+        prune(options, device, None)
+        LOGGER.info("dry run: nothing was written")
+        return
+    with open_run_dir(options) as run_dir:
+        prune(options, device, run_dir)
+
+
+@contextlib.contextmanager
+def open_run_dir(options: argparse.Namespace) -> Iterator[Path]:
+    """Make the run folder before the long work; what is still empty at the end goes again.
+
+    Raises:
+        OSError: no folder can be made there, or not written to.
+    """
+    place = Path(options.project) / options.name
+    absent = [folder for folder in place.parents if not folder.exists()]
+    is_reused = options.exist_ok and place.exists()
+    try:
+        run_dir = new_run_dir(options.project, options.name, options.exist_ok)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to {place}: {error.strerror}; see --project, --name") from None
+    try:
+        yield run_dir
+    finally:
+        for folder in absent if is_reused else [run_dir, *absent]:
+            with contextlib.suppress(OSError):  # not empty, or gone
+                folder.rmdir()
+
+
+def prune(options: argparse.Namespace, device: torch.device, run_dir: Path | None) -> None:
+    """Prune and compare; save into the run folder if there is one."""
     detector = load_detector(find_weights(options.weights, ROOT))
     model = detector.model
     if options.cfg:
@@ -132,16 +174,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     suggested = suggested_percent(importance)
     pruned = prune_model(model, channel_groups, keep.masks)
     print_layers(model, pruned, channel_groups, keep)
-    print_choice(options.percent, suggested, keep)
+    print_choice(suggested, keep)
     warn_if_not_sparse(importance, beta_magnitude(model, channel_groups), keep)
+    check_is_smaller(keep, options)
 
     masked = mask_model(model, channel_groups, keep.masks)
     difference = verify_cut(pruned, masked)
     evaluations = evaluate_both(model, pruned, loader, detector.names, options, device)
-    before, after = measure_both(model, pruned, evaluations, detector.names, imgsz, device)
+    latencies = compare_latency([model, pruned], imgsz, device)
+    before, after = describe_both(model, pruned, evaluations, latencies, detector.names, imgsz)
     print_comparison(before, after, device, imgsz)
-    if options.dry_run:
-        LOGGER.info("dry run: nothing was written")
+    print_speed_up(latencies[1], device)
+    if run_dir is None:
         return
     report = {
         "weights": str(options.weights),
@@ -154,9 +198,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cut_difference": difference,
         "before": dataclasses.asdict(before),
         "after": dataclasses.asdict(after),
+        "speed_up": list(latencies[1][1:]),  # times as fast; lowest, highest
         "layers": layer_rows(model, pruned, channel_groups, keep),
     }
-    save_results(options, pruned, detector.names, report)
+    save_results(run_dir, options, pruned, detector.names, report)
 
 
 def load_cfg(name: str) -> ModelSpec:
@@ -207,7 +252,8 @@ def load_data(options: argparse.Namespace, detector: Detector, imgsz: int) -> Lo
         ValueError: the data set has other classes than the network.
     """
     data = load_dataset_spec(find_config(options.data, ["data"], ROOT), ROOT)
-    check_classes(data, detector, options)
+    if not options.single_cls:
+        check_class_names(detector.names, data.names, options.weights, str(data.source))
     ensure_dataset(data, splits=("val",), allow_scripts=options.allow_download_scripts)
     data = load_dataset_spec(data.source, ROOT)  # paths may exist only now
     data.check_exists(("val",))
@@ -230,15 +276,6 @@ def load_data(options: argparse.Namespace, detector: Detector, imgsz: int) -> Lo
         seed=0,
     )
     return build_loader(dataset, options.batch_size, workers=options.workers, shuffle=False, seed=0)
-
-
-def check_classes(data: DatasetSpec, detector: Detector, options: argparse.Namespace) -> None:
-    """Stop if labels and predictions do not speak of the same classes."""
-    if not options.single_cls and data.num_classes != len(detector.names):
-        raise ValueError(
-            f"{data.source} has {data.num_classes} classes, but {options.weights} was trained for "
-            f"{len(detector.names)}; give its own data set, or --single-cls"
-        )
 
 
 def layer_rows(
@@ -273,10 +310,10 @@ def print_layers(
     LOGGER.info("%-14s %8d %8d %6.0f%%", "all", total, left, 100 * left / total)
 
 
-def print_choice(percent: float, suggested: float, keep: KeepMasks) -> None:
+def print_choice(suggested: float, keep: KeepMasks) -> None:
     """Threshold and suggestion, and a word where the masks are not what was asked for."""
     total = sum(len(mask) for mask in keep.masks.values())
-    removed = total - sum(int(mask.sum()) for mask in keep.masks.values())
+    removed = count_removed(keep)
     LOGGER.info(
         "threshold: |gamma| >= %.4g stays; %d of %d prunable channels go (%.1f %%)",
         keep.threshold,
@@ -294,8 +331,11 @@ def print_choice(percent: float, suggested: float, keep: KeepMasks) -> None:
             "warning: every channel of %s lies below the threshold; the strongest one stays",
             ", ".join(keep.floored),
         )
-    if removed == 0 and percent > 0:
-        LOGGER.warning("warning: nothing is removed, because no |gamma| is below the threshold")
+
+
+def count_removed(keep: KeepMasks) -> int:
+    """Channels that go."""
+    return sum(int((~mask).sum()) for mask in keep.masks.values())
 
 
 def warn_if_not_sparse(
@@ -325,6 +365,24 @@ def warn_if_not_sparse(
             large_beta,
             typical,
         )
+
+
+def check_is_smaller(keep: KeepMasks, options: argparse.Namespace) -> None:
+    """Stop before a network is measured and saved as pruned that is not; a dry run goes on.
+
+    Raises:
+        ValueError: nothing is removed.
+    """
+    if count_removed(keep) or options.percent == 0:
+        return
+    reason = (
+        f"nothing is removed: no |gamma| is below {keep.threshold:.4g}, the value at --percent "
+        f"{options.percent:g}; where all are alike, train with --bn_sparsity first, else give a "
+        "larger --percent"
+    )
+    if not options.dry_run:
+        raise ValueError(f"{reason}. Nothing was saved")
+    LOGGER.warning("warning: %s", reason)
 
 
 def verify_cut(pruned: Model, masked: Model) -> float:
@@ -389,17 +447,15 @@ class Figures:
     latency_ms: float  # one image, float32
 
 
-def measure_both(
+def describe_both(
     model: Model,
     pruned: Model,
     evaluations: list[EvaluationResult] | None,
+    latencies: list[Latency],
     names: tuple[str, ...],
     imgsz: int,
-    device: torch.device,
 ) -> tuple[Figures, Figures]:
-    """Accuracy from the evaluations, and size and speed of both networks."""
-    rounds = 25 if device.type == "cuda" else 10
-    latencies = compare_latency([model, pruned], imgsz, device, num_rounds=rounds)
+    """Accuracy from the evaluations, time from the latencies, and the sizes of both networks."""
     before, after = (
         Figures(
             precision=result.precision if result else None,
@@ -410,7 +466,7 @@ def measure_both(
             parameters=count_parameters(network),
             gflops=count_gflops(network, imgsz),
             file_mb=file_size(network, names) / 1e6,
-            latency_ms=latency,
+            latency_ms=latency.milliseconds,
         )
         for network, result, latency in zip(
             (model, pruned), evaluations or (None, None), latencies, strict=True
@@ -428,7 +484,7 @@ def file_size(model: Model, names: Sequence[str]) -> int:
 
 
 def print_comparison(before: Figures, after: Figures, device: torch.device, imgsz: int) -> None:
-    """The table before/after, and a plain word about the speed."""
+    """The table before/after."""
     LOGGER.info("\n%-24s %12s %12s %12s", "", "before", "after", "change")
     accuracy = (
         ("precision", "P"),
@@ -452,23 +508,30 @@ def print_comparison(before: Figures, after: Figures, device: torch.device, imgs
         LOGGER.info("%-24s %12s %12s %12s", title, form.format(old), form.format(new), change)
     if before.map50 is None:
         LOGGER.info("mAP was not measured: give --data to compare it")
-    speed_up = before.latency_ms / after.latency_ms
-    if speed_up >= LEAST_SPEED_UP:
-        LOGGER.info("speed: %.2f times as fast on %s", speed_up, device)
+
+
+def print_speed_up(latency: Latency, device: torch.device) -> None:
+    """The ratio with its spread, and a plain word where it may be noise."""
+    ratio = "{:.2f}x ({:.2f}-{:.2f})".format(*latency[1:])
+    if latency.speed_up_low > 1:
+        LOGGER.info("speed: %s faster on %s, one image", ratio, device)
     else:
         LOGGER.warning(
-            "warning: not faster on %s (%.2f times as fast, one image): fewer channels save time "
-            "only where arithmetic takes it, so not in small or lightly pruned networks",
+            "warning: not faster on %s: %s, one image. Fewer channels save time only where "
+            "arithmetic takes it, so not in small or lightly pruned networks",
             device,
-            speed_up,
+            ratio,
         )
 
 
 def save_results(
-    options: argparse.Namespace, pruned: Model, names: tuple[str, ...], report: dict[str, Any]
+    run_dir: Path,
+    options: argparse.Namespace,
+    pruned: Model,
+    names: tuple[str, ...],
+    report: dict[str, Any],
 ) -> None:
-    """Write the checkpoint, its yaml and the figures into a new run folder."""
-    run_dir = new_run_dir(options.project, options.name, options.exist_ok)
+    """Write the checkpoint, its yaml and the figures."""
     save_options(run_dir / "opt.yaml", vars(options))
     origin = {"weights": str(options.weights), "percent": options.percent}
     content = build_checkpoint(pruned, names, pruned_from=origin)
@@ -514,7 +577,5 @@ if __name__ == "__main__":
         main()
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
-    except torch.OutOfMemoryError:
-        raise SystemExit(
-            "error: the device has too little memory; try a smaller --batch-size or --imgsz"
-        ) from None
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"error: {out_of_memory_advice(error)}") from None

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from models import Model, ModelSpec
 from utils import device as devices
-from utils.anchors import check_anchors
+from utils.anchors import check_anchors, fit_anchors
 from utils.checkpoint import (
     Detector,
     build_checkpoint,
@@ -75,16 +75,20 @@ from utils.optim import (
     num_warmup_steps,
     set_step,
 )
-from utils.plots import plot_batch, plot_gamma_history, plot_labels, plot_results
+from utils.plots import draw, plot_batch, plot_gamma_history, plot_labels, plot_results
 from utils.profile import count_gflops, count_parameters
 from utils.pruning.slimming import GammaStatistics, SparsityPenalty, gamma_statistics
-from utils.run_dir import ResultsCsv, latest_run, new_run_dir, save_options
+from utils.run_dir import ResultsCsv, new_run_dir, save_options
 
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("train")
 
 LOSS_NAMES = ("box", "obj", "cls")
 MAX_GRADIENT_NORM = 10.0
+NOT_FINITE_HELP = (
+    "no step was taken with it, the last checkpoint is good; lower lr0 in the hyperparameters or "
+    "--sparsity_rate, or try --amp off"
+)
 GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
 LABEL_PAD = 0.5  # of rectangular validation batches, in strides
 LEAST_VALUES = {
@@ -185,6 +189,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--weights '' needs a network: give --cfg, for example --cfg yolov5n.yaml")
     if options.ft_pruned_model and not options.weights:
         parser.error("--ft_pruned_model needs the pruned checkpoint: give --weights")
+    if options.noval and given & {"patience", "image_weights"}:
+        parser.error("--patience and --image-weights need the validation that --noval leaves out")
     if options.image_weights and options.rect:
         parser.error("--image-weights draws images at random, --rect sorts them; give one of them")
     for name, low in LEAST_VALUES.items():
@@ -207,39 +213,33 @@ def _given_flags(argv: Sequence[str] | None) -> set[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one training from its options to its final files."""
     options = parse_args(argv)
+    start_logging()
+    resumed = find_resumed(options)
+    options = resumed.options if resumed else options
+    device = devices.select_device(options.device)
     if len(devices.gpu_indices(options.device)) > devices.world_size() == 1:
+        find_inputs(options, resumed)  # complain, or download, once and before the others start
         return launch_processes(options, argv)
-    is_main = devices.rank() == 0
-    logging.basicConfig(
-        level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stdout
-    )
-    resumed = load_resumed(options)
-    if resumed:
-        options = resumed_options(options, resumed)
-    device = join_processes(options)
+    join_processes(options, device)
     devices.seed_everything(options.seed + devices.rank())
 
-    data = load_data(options)
-    hyp = load_hyp(options, resumed)
-    model, names = build_network(options, data, hyp, resumed)
+    inputs = find_inputs(options, resumed)
+    precision = devices.select_precision(options.amp, device)
+    model = build_network(inputs, options)
+    frozen_norms = freeze_rows(model, options)
     imgsz = round_imgsz(options.imgsz, model.max_stride)
-    train_split, val_split = scan_splits(data, options)
-    run_dir = open_run_dir(options, hyp, resumed)
+    train_split, val_split = scan_splits(inputs.data, options)
+    if not resumed:
+        choose_anchors(model, inputs, train_split, imgsz, options)
+    run_dir = resumed.run_dir if resumed else open_run_dir(options, inputs.hyp)
     train_loader, val_loader = build_loaders(
-        options, hyp, train_split, val_split, imgsz, model.max_stride
+        options, inputs.hyp, train_split, val_split, imgsz, model.max_stride
     )
-    if not resumed and not options.noautoanchor:
-        fit_anchors(model, train_split, hyp, imgsz, options.seed)
-    if is_main and not resumed:
-        plot_labels(train_split.labels.flat, names, run_dir / "labels.jpg")
-
-    run = build_run(options, hyp, model, names, imgsz, device, len(train_loader), run_dir)
+    run = build_run(options, inputs, model, imgsz, device, precision, len(train_loader), run_dir)
+    run.frozen_norms = frozen_norms
     if resumed:
-        restore_run(run, resumed["training"])
-    run.log_start(train_split, val_split)
-    results = ResultsCsv(
-        run_dir / "results.csv", resume_epoch=run.first_epoch if resumed else None
-    ) if is_main else None  # fmt: skip
+        restore_run(run, resumed.content["training"])
+    results = open_results(run, train_split, val_split)
 
     started = time.perf_counter()
     for epoch in range(run.first_epoch, options.epochs):
@@ -247,77 +247,151 @@ def main(argv: Sequence[str] | None = None) -> None:
             weights = image_weights_from_map(train_split, run.class_maps)
             train_loader.set_image_weights(weights)
         losses = train_one_epoch(run, train_loader, epoch)
-        if is_main:
-            result = validate(run, val_loader, epoch)
+        result = validate(run, val_loader, epoch)
+        is_best, is_last = judge_epoch(run, epoch, result)
+        if results is not None:
             log_epoch(run, results, epoch, losses, result)
-            save_epoch(run, epoch, result)
-        if should_stop(run, epoch):
+            save_epoch(run, epoch, result, is_best, is_last)
+        if is_last:
             break
-    if is_main:
-        finish(run, val_loader, time.perf_counter() - started)
+    if results is not None:
+        finish(run, time.perf_counter() - started)
     if devices.world_size() > 1:
         torch.distributed.destroy_process_group()
     return None
 
 
-def launch_processes(options: argparse.Namespace, argv: Sequence[str] | None) -> None:
-    """Start one process for each GPU of `--device 0,1` and wait for them."""
-    devices.select_device(options.device)  # complains about GPUs that are not there
-    count = len(devices.gpu_indices(options.device))
-    if options.batch_size % count:
-        raise ValueError(f"--batch-size {options.batch_size} cannot be shared by {count} GPUs")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(count), str(Path(__file__))]
-    code = subprocess.call([*command, *(sys.argv[1:] if argv is None else argv)])
-    if code:
-        raise SystemExit(code)
+def start_logging() -> None:
+    """The first process speaks; the others only when something breaks."""
+    level = logging.INFO if devices.rank() == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
 
 
-def join_processes(options: argparse.Namespace) -> torch.device:
-    """Pick the device of this process and, if there are several, connect them."""
-    device = devices.select_device(options.device)
-    if devices.world_size() > 1:
-        if options.batch_size % devices.world_size():
-            raise ValueError(
-                f"--batch-size {options.batch_size} cannot be shared by {devices.world_size()} "
-                "processes"
-            )
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
+class Resumed(NamedTuple):
+    """An interrupted run."""
+
+    content: dict[str, Any]  # of its last.pt
+    run_dir: Path
+    options: argparse.Namespace  # those of the run, with the device and workers given now
 
 
-def load_resumed(options: argparse.Namespace) -> dict[str, Any] | None:
-    """The checkpoint that `--resume` means; None for a new run."""
+def find_resumed(options: argparse.Namespace) -> Resumed | None:
+    """The run that `--resume` means; None for a new run."""
     if not options.resume:
         return None
-    path = options.resume
-    if path is True:
-        newest = latest_run(ROOT / "runs/train")
-        if newest is None:
-            raise FileNotFoundError("--resume: there is no run in runs/train to resume")
-        path = newest / "weights/last.pt"
-    path = Path(path)
+    if options.resume is True:
+        path = newest_unfinished(ROOT / "runs/train")
+    else:
+        path = Path(options.resume)
+        path = path / "weights/last.pt" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"--resume {path}: no such checkpoint")
     content = load_checkpoint(path)
     if "training" not in content:
         raise ValueError(
-            f"--resume {path}: this run is finished, there is nothing to resume; to train on from "
-            f"its weights use --weights {path}"
+            f"--resume {path}: not the last.pt of an unfinished run, there is nothing to resume; "
+            f"to train on from its weights use --weights {path}"
         )
-    content["run_dir"] = path.resolve().parent.parent
-    LOGGER.info("resuming %s after epoch %d", content["run_dir"], content["epoch"])
-    return content
+    run_dir = path.resolve().parent.parent
+    if not (run_dir / "opt.yaml").is_file() or path.resolve().parent.name != "weights":
+        raise ValueError(
+            f"--resume {path}: the file is not in its run folder (<run>/weights/last.pt with "
+            "<run>/opt.yaml); put it back there"
+        )
+    merged = argparse.Namespace(**content["options"])
+    given = {name: getattr(options, name) for name in ("device", "workers")}
+    defaults = {name: build_parser().get_default(name) for name in given}
+    for name, value in given.items():
+        if value != defaults[name]:
+            setattr(merged, name, value)
+    LOGGER.info("resuming %s after epoch %d", run_dir, content["epoch"])
+    return Resumed(content, run_dir, merged)
 
 
-def resumed_options(options: argparse.Namespace, resumed: dict[str, Any]) -> argparse.Namespace:
-    """Options of the interrupted run, with the device and workers given now."""
-    merged = argparse.Namespace(**resumed["options"])
-    merged.resume, merged.device = options.resume, options.device or merged.device
-    merged.workers = min(options.workers, merged.workers)
-    return merged
+def newest_unfinished(project: Path) -> Path:
+    """The newest last.pt below a folder whose run has not reached its end."""
+    found = sorted(project.glob("**/weights/last.pt"), key=lambda path: -path.stat().st_mtime)
+    for path in found:
+        if "training" in load_checkpoint(path):
+            return path
+    raise FileNotFoundError(f"--resume: there is no unfinished run in {project}")
+
+
+class Inputs(NamedTuple):
+    """What a run is made from: found and checked before anything is written."""
+
+    hyp: Hyperparameters
+    spec: ModelSpec
+    source: Detector | None  # where the weights come from
+    data: DatasetSpec
+
+
+def find_inputs(options: argparse.Namespace, resumed: Resumed | None) -> Inputs:
+    """Hyperparameters, network, weights, and last, as it may be a long download, the data."""
+    if resumed:
+        hyp = Hyperparameters(**resumed.content["hyp"])
+        spec, source = ModelSpec.from_dict(resumed.content["spec"], "checkpoint"), None
+    else:
+        hyp = load_hyperparameters(find_config(options.hyp, ["data/hyps"], ROOT))
+        if options.label_smoothing is not None:
+            hyp = dataclasses.replace(hyp, label_smoothing=options.label_smoothing)
+        source = load_detector(find_weights(options.weights, ROOT)) if options.weights else None
+        spec = choose_spec(options, hyp, source)
+    data = load_data(options)
+    if resumed and list(data.names) != resumed.content["names"]:
+        raise ValueError(
+            f"{data.source}: the classes are {', '.join(data.names)}, but the run to resume has "
+            f"{', '.join(resumed.content['names'])}"
+        )
+    return Inputs(hyp, spec.with_num_classes(data.num_classes), source, data)
+
+
+def choose_spec(
+    options: argparse.Namespace, hyp: Hyperparameters, source: Detector | None
+) -> ModelSpec:
+    """The network description: of the weights, or of `--cfg`; and which anchors it shall have."""
+    given = None
+    if options.cfg:
+        path = find_config(options.cfg, ["models"], ROOT)
+        given = ModelSpec.from_dict(load_yaml(path), str(path))
+    spec = given or source.model.spec
+    if options.ft_pruned_model:
+        check_slim(options, hyp, given, source.model.spec)
+        return source.model.spec
+    own_widths = source.model.spec.widths if source is not None else {}
+    if own_widths and own_widths != spec.widths:
+        raise ValueError(
+            f"{options.weights} is a pruned model of another shape than {options.cfg}; add "
+            "--ft_pruned_model to fine-tune it, or leave out --cfg"
+        )
+    if hyp.anchors is not None:
+        spec = dataclasses.replace(spec, anchors=hyp.anchors)
+    if isinstance(spec.anchors, int) and options.noautoanchor:
+        raise ValueError(
+            f"anchors: {spec.anchors} asks for new anchors, which --noautoanchor forbids"
+        )
+    return spec
+
+
+def check_slim(
+    options: argparse.Namespace, hyp: Hyperparameters, given: ModelSpec | None, slim: ModelSpec
+) -> None:
+    """Stop where `--ft_pruned_model` and other options contradict each other."""
+    if not slim.is_pruned:
+        raise ValueError(
+            f"--ft_pruned_model: {options.weights} is not a pruned model; prune it with prune.py, "
+            "or train it without this flag"
+        )
+    if given is not None and not given.is_same_network(slim):
+        raise ValueError(
+            f"--ft_pruned_model: {options.weights} was not pruned from the network of --cfg "
+            f"{options.cfg}; give the yaml it was trained with, or leave out --cfg"
+        )
+    if hyp.anchors is not None:
+        raise ValueError(
+            f"{options.hyp}: anchors: {hyp.anchors} cannot be combined with --ft_pruned_model, "
+            "which keeps the shape of the head"
+        )
 
 
 def load_data(options: argparse.Namespace) -> DatasetSpec:
@@ -328,70 +402,59 @@ def load_data(options: argparse.Namespace) -> DatasetSpec:
     wait_for_all()
     data = load_dataset_spec(data.source, ROOT)  # paths may exist only now
     data.check_exists(("train", "val"))
-    return dataclasses.replace(data, names=data.names[:1]) if options.single_cls else data
+    return dataclasses.replace(data, names=("object",)) if options.single_cls else data
 
 
-def load_hyp(options: argparse.Namespace, resumed: dict[str, Any] | None) -> Hyperparameters:
-    """Hyperparameters of the file, or of the interrupted run, and what flags change in them."""
-    if resumed:
-        return Hyperparameters(**resumed["hyp"])
-    hyp = load_hyperparameters(find_config(options.hyp, ["data/hyps"], ROOT))
-    if options.label_smoothing is not None:
-        hyp = dataclasses.replace(hyp, label_smoothing=options.label_smoothing)
-    return hyp
+def launch_processes(options: argparse.Namespace, argv: Sequence[str] | None) -> None:
+    """Start one process for each GPU of `--device 0,1` and wait for them."""
+    count = len(devices.gpu_indices(options.device))
+    check_share(options, count)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(count), str(Path(__file__))]
+    code = subprocess.call([*command, *(sys.argv[1:] if argv is None else argv)])
+    if code:
+        raise SystemExit(code)
 
 
-def build_network(
-    options: argparse.Namespace,
-    data: DatasetSpec,
-    hyp: Hyperparameters,
-    resumed: dict[str, Any] | None,
-) -> tuple[Model, tuple[str, ...]]:
-    """The network to train: resumed, slim, transferred or fresh."""
-    if resumed:
-        return Model(ModelSpec.from_dict(resumed["spec"], "checkpoint")), tuple(resumed["names"])
-    source = load_detector(find_weights(options.weights, ROOT)) if options.weights else None
-    spec = choose_spec(options, source)
-    if hyp.anchors is not None and not options.ft_pruned_model:
-        spec = dataclasses.replace(spec, anchors=hyp.anchors)
-    model = Model(spec.with_num_classes(data.num_classes))
-    if source is not None:
-        # With --cfg, and with `anchors:` in the hyp file, the anchors are not those of the weights.
-        anchors_given = hyp.anchors is not None or (options.cfg and not options.ft_pruned_model)
-        transfer_weights(model, source.model.state_dict(), keep_anchors=bool(anchors_given))
+def join_processes(options: argparse.Namespace, device: torch.device) -> None:
+    """Connect the processes, if there are several."""
+    if devices.world_size() > 1:
+        check_share(options, devices.world_size())
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def check_share(options: argparse.Namespace, count: int) -> None:
+    """Stop if the batch cannot be shared out evenly."""
+    if options.batch_size % count:
+        raise ValueError(
+            f"--batch-size {options.batch_size} cannot be shared evenly by {count} processes"
+        )
+
+
+def build_network(inputs: Inputs, options: argparse.Namespace) -> Model:
+    """The network to train, with whatever weights fit from its source."""
+    model = Model(inputs.spec)
+    if inputs.source is not None:
+        # With --cfg, and where new anchors are asked for, those of the weights do not count.
+        own_anchors = isinstance(inputs.spec.anchors, int) or bool(
+            options.cfg and not options.ft_pruned_model
+        )
+        transfer_weights(model, inputs.source.model.state_dict(), keep_anchors=own_anchors)
     if model.spec.is_pruned:
         LOGGER.info(
-            "slim network: %d channels, %s parameters, of %d channels in the dense one",
+            "slim network: %d channels, %s parameters; %d channels in the dense one",
             sum(model.widths().values()),
             f"{count_parameters(model):,}",
             sum(Model(model.spec.with_widths({})).widths().values()),
         )
-    return model, data.names
+    return model
 
 
-def choose_spec(options: argparse.Namespace, source: Detector | None) -> ModelSpec:
-    """The network description: of the weights, or of `--cfg`."""
-    if options.ft_pruned_model:
-        if not source.model.spec.is_pruned:
-            raise ValueError(
-                f"--ft_pruned_model: {options.weights} is not a pruned model; prune it with "
-                "prune.py, or train it without this flag"
-            )
-        return source.model.spec
-    if not options.cfg:
-        return source.model.spec
-    path = find_config(options.cfg, ["models"], ROOT)
-    spec = ModelSpec.from_dict(load_yaml(path), str(path))
-    if (
-        source is not None
-        and source.model.spec.is_pruned
-        and source.model.spec.widths != spec.widths
-    ):
-        raise ValueError(
-            f"{options.weights} is a pruned model of another shape than {options.cfg}; add "
-            "--ft_pruned_model to fine-tune it, or leave out --cfg"
-        )
-    return spec
+def freeze_rows(model: Model, options: argparse.Namespace) -> list[nn.Module]:
+    """Apply `--freeze`; returns the BN layers to keep in eval mode."""
+    return freeze(model.model, frozen_rows(options.freeze, len(model.model)))
 
 
 def round_imgsz(imgsz: int, stride: int) -> int:
@@ -417,19 +480,26 @@ def scan_splits(data: DatasetSpec, options: argparse.Namespace) -> tuple[Split, 
     return splits[0], splits[1]
 
 
-def open_run_dir(
-    options: argparse.Namespace, hyp: Hyperparameters, resumed: dict[str, Any] | None
-) -> Path:
-    """The folder for results, with the options and hyperparameters of this run in it."""
-    if resumed:
-        return resumed["run_dir"]
+def open_run_dir(options: argparse.Namespace, hyp: Hyperparameters) -> Path:
+    """A new folder for results, with the options and hyperparameters of this run in it."""
     if devices.rank() != 0:
-        return Path()  # only rank 0 writes
+        return Path()  # only the first process writes
     run_dir = new_run_dir(options.project, options.name, options.exist_ok)
     (run_dir / "weights").mkdir(exist_ok=True)
     save_options(run_dir / "opt.yaml", vars(options))
     save_options(run_dir / "hyp.yaml", hyp.to_dict())
     return run_dir
+
+
+def open_results(run: Run, train_split: Split, val_split: Split) -> ResultsCsv | None:
+    """`results.csv`, new or continued, after saying what is about to happen."""
+    if devices.rank() != 0:
+        return None
+    run.log_start(train_split, val_split)
+    if run.first_epoch == 0:
+        draw(plot_labels, train_split.labels.flat, run.names, run.dir / "labels.jpg")
+    resume_epoch = run.first_epoch or None
+    return ResultsCsv(run.dir / "results.csv", resume_epoch=resume_epoch)
 
 
 def build_loaders(
@@ -477,10 +547,16 @@ def build_loaders(
     return train_loader, val_loader
 
 
-def fit_anchors(model: Model, split: Split, hyp: Hyperparameters, imgsz: int, seed: int) -> None:
-    """Replace the anchors if they do not fit the boxes of the training images."""
+def choose_anchors(
+    model: Model, inputs: Inputs, split: Split, imgsz: int, options: argparse.Namespace
+) -> None:
+    """Fit the anchors to the training boxes where they are asked for or do not fit."""
     sizes = label_sizes_px(split, imgsz)
-    fitted = check_anchors(model.head.anchors_px.numpy(), sizes, hyp.anchor_t, seed)
+    fitted, current = None, model.head.anchors_px.numpy()
+    if isinstance(inputs.spec.anchors, int):
+        fitted = fit_anchors(sizes, current.shape[:2], inputs.hyp.anchor_t, options.seed)
+    elif not options.noautoanchor:
+        fitted = check_anchors(current, sizes, inputs.hyp.anchor_t, options.seed)
     if fitted is not None:
         model.set_anchors(torch.tensor(fitted, dtype=torch.float32))
 
@@ -504,8 +580,8 @@ class Run:
     scaler: torch.amp.GradScaler
     ema: ModelEma
     penalty: SparsityPenalty | None
-    frozen_norms: list[nn.Module]
     class_maps: np.ndarray  # [K] mAP@.5:.95 of each class after the last validation
+    frozen_norms: list[nn.Module] = dataclasses.field(default_factory=list)
     first_epoch: int = 0
     best_fitness: float = -1.0
     best_epoch: int = 0
@@ -541,17 +617,16 @@ class Run:
 
 def build_run(
     options: argparse.Namespace,
-    hyp: Hyperparameters,
+    inputs: Inputs,
     model: Model,
-    names: tuple[str, ...],
     imgsz: int,
     device: torch.device,
+    precision: torch.dtype,
     steps_per_epoch: int,
     run_dir: Path,
 ) -> Run:
     """Loss, optimizer, schedule and average for the network, on the device."""
-    rows = frozen_rows(options.freeze, len(model.model))
-    frozen_norms = freeze(model.model, rows)
+    hyp = inputs.hyp
     model.to(device, memory_format=torch.channels_last)
     nominal = options.nominal_batch
     full_batch = options.batch_size * max(round(nominal / options.batch_size), 1)
@@ -574,7 +649,6 @@ def build_run(
         # Adam normalises its steps: the bias rate meant for SGD would throw biases about.
         warmup_bias_lr=hyp.warmup_bias_lr if options.optimizer == "SGD" else 0.0,
     )
-    precision = devices.select_precision(options.amp, device)
     network: nn.Module = model
     if devices.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -584,7 +658,7 @@ def build_run(
         hyp=hyp,
         model=model,
         network=network,
-        names=names,
+        names=inputs.data.names,
         imgsz=imgsz,
         device=device,
         precision=precision,
@@ -595,8 +669,7 @@ def build_run(
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         ema=ModelEma(model),
         penalty=build_penalty(options, model),
-        frozen_norms=frozen_norms,
-        class_maps=np.zeros(len(names)),
+        class_maps=np.zeros(inputs.data.num_classes),
     )
 
 
@@ -619,7 +692,13 @@ def build_penalty(options: argparse.Namespace, model: Model) -> SparsityPenalty 
     """The L1 term on the gammas that prune.py can remove; None in other stages."""
     if not options.bn_sparsity:
         return None
-    return SparsityPenalty(model, options.sparsity_rate, options.epochs)
+    penalty = SparsityPenalty(model, options.sparsity_rate, options.epochs)
+    frozen = [path for path, bn in penalty.batchnorms.items() if not bn.weight.requires_grad]
+    if len(frozen) == len(penalty.batchnorms):
+        raise ValueError("--freeze leaves no layer that --bn_sparsity could make sparse")
+    if frozen:
+        LOGGER.warning("--freeze: no penalty on %d frozen layers, from %s", len(frozen), frozen[0])
+    return penalty
 
 
 def restore_run(run: Run, state: dict[str, Any]) -> None:
@@ -683,7 +762,7 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
             show_progress(bar, sums / (index + 1), settings.lr, run.device)
         if epoch == 0 and index < 3 and devices.rank() == 0:
             picture = run.dir / f"train_batch{index}.jpg"
-            plot_batch(batch.images, batch.targets, batch.paths, run.names, picture)
+            draw(plot_batch, batch.images, batch.targets, batch.paths, run.names, picture)
     return devices.mean_over_ranks((sums / max(len(loader), 1)).tolist(), run.device)
 
 
@@ -706,9 +785,8 @@ def check_finite(loss: Tensor, batch: Batch, epoch: int) -> None:
     if not torch.isfinite(loss):
         files = ", ".join(batch.paths[:4])
         raise FloatingPointError(
-            f"the loss is {loss.item()} in epoch {epoch} (batch with {files}, ...); the last "
-            "checkpoint is good. Lower lr0 in the hyperparameters or --sparsity_rate, or try "
-            "--amp off"
+            f"the loss is {loss.item()} in epoch {epoch} (batch with {files}, ...); "
+            + NOT_FINITE_HELP
         )
 
 
@@ -719,7 +797,9 @@ def optimizer_step(run: Run, epoch: int) -> None:
     same with any precision, accumulation and gradient norm.
     """
     run.scaler.unscale_(run.optimizer)
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRADIENT_NORM)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRADIENT_NORM)
+    if not run.scaler.is_enabled() and not torch.isfinite(norm):  # a scaler skips such steps
+        raise FloatingPointError(f"a gradient is {norm.item()} in epoch {epoch}; {NOT_FINITE_HELP}")
     if run.penalty is not None:
         run.penalty.add_to_gradients(epoch)
     run.scaler.step(run.optimizer)
@@ -737,8 +817,8 @@ def show_progress(bar: tqdm, means: Tensor, lr: float, device: torch.device) -> 
 
 
 def validate(run: Run, loader: Loader, epoch: int) -> EvaluationResult | None:
-    """Measure the averaged weights; None where `--noval` says so."""
-    if run.options.noval and epoch < run.options.epochs - 1:
+    """Measure the averaged weights; None where `--noval` says so, and beside the first process."""
+    if devices.rank() != 0 or (run.options.noval and epoch < run.options.epochs - 1):
         return None
     return evaluate(
         copy.deepcopy(run.ema.model).fuse(),
@@ -766,8 +846,6 @@ def log_epoch(
         for name, value in zip(LOSS_NAMES, result.losses, strict=True):
             row[f"val/{name}_loss"] = value
         line += f", mAP@.5 {result.map50:.4f}, mAP@.5:.95 {result.map50_95:.4f}"
-        run.class_maps = np.full(len(run.names), result.map50_95)
-        run.class_maps[result.ap_result.classes] = result.ap_result.ap50_95
     for group in run.optimizer.param_groups:
         row[f"lr/{group['kind']}"] = group["lr"]
     if run.penalty is not None:
@@ -786,7 +864,8 @@ def log_epoch(
 
 def plot_gammas(run: Run) -> None:
     """`bn_gamma.png`: the distribution of |gamma| over the epochs, overall and per layer."""
-    plot_gamma_history(
+    draw(
+        plot_gamma_history,
         list(range(len(run.gammas))),
         [statistics.percentiles for statistics in run.gammas],
         {name: [row.layers[name] for row in run.gammas] for name in run.gammas[0].layers},
@@ -794,57 +873,62 @@ def plot_gammas(run: Run) -> None:
     )
 
 
-def save_epoch(run: Run, epoch: int, result: EvaluationResult | None) -> None:
-    """Write last.pt (to resume from), best.pt when it is, and the kept epochs."""
-    is_best = result is not None and result.fitness > run.best_fitness
-    if is_best:
-        run.best_fitness, run.best_epoch = result.fitness, epoch
-    if run.options.nosave and epoch < run.options.epochs - 1:
+def judge_epoch(run: Run, epoch: int, result: EvaluationResult | None) -> tuple[bool, bool]:
+    """Whether the epoch is the best so far, and the last; the same answer in all processes."""
+    options, is_best = run.options, False
+    if result is not None:
+        run.class_maps = np.full(len(run.names), result.map50_95)
+        run.class_maps[result.ap_result.classes] = result.ap_result.ap50_95
+        is_best = result.fitness > run.best_fitness
+        if is_best:
+            run.best_fitness, run.best_epoch = result.fitness, epoch
+    stop = 0 < options.patience <= epoch - run.best_epoch and not options.noval
+    if devices.world_size() > 1:
+        shared = torch.tensor([float(stop), *run.class_maps], device=run.device)
+        torch.distributed.broadcast(shared, 0)
+        stop, run.class_maps = bool(shared[0]), shared[1:].double().cpu().numpy()
+    if stop:
+        LOGGER.info("no gain for %d epochs (best: %d): the end", options.patience, run.best_epoch)
+    return is_best, stop or epoch == options.epochs - 1
+
+
+def save_epoch(
+    run: Run, epoch: int, result: EvaluationResult | None, is_best: bool, is_last: bool
+) -> None:
+    """Write best.pt when it is, the kept epochs, and last, as it vouches for them, last.pt."""
+    options = run.options
+    if options.nosave and not is_last:
         return
-    content = checkpoint_content(run, epoch)
+    content = checkpoint_content(run, epoch, result)
     weights = run.ema.model.state_dict()
     folder = run.dir / "weights"
-    save_checkpoint(folder / "last.pt", {**content, "training": training_state(run, epoch)})
     if is_best:
         save_final(folder / "best.pt", content, weights)
-    if run.options.save_period > 0 and (epoch + 1) % run.options.save_period == 0:
+    if options.save_period > 0 and (epoch + 1) % options.save_period == 0:
         save_final(folder / f"epoch{epoch}.pt", content, weights)
+    save_checkpoint(folder / "last.pt", {**content, "training": training_state(run, epoch)})
 
 
-def checkpoint_content(run: Run, epoch: int) -> dict[str, Any]:
+def checkpoint_content(run: Run, epoch: int, result: EvaluationResult | None) -> dict[str, Any]:
     """The averaged network and where it comes from."""
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(run.options).items()}
     return build_checkpoint(
         run.ema.model,
         run.names,
         epoch=epoch,
-        fitness=run.best_fitness,
+        fitness=None if result is None else result.fitness,
         options=options,
         hyp=run.hyp.to_dict(),
         imgsz=run.imgsz,
     )
 
 
-def should_stop(run: Run, epoch: int) -> bool:
-    """Whether `--patience` epochs have passed without a better fitness; the same on all ranks."""
-    patience = run.options.patience
-    stop = bool(patience) and not run.options.noval and epoch - run.best_epoch >= patience
-    if devices.world_size() > 1:
-        flag = torch.tensor(float(stop), device=run.device)
-        torch.distributed.broadcast(flag, 0)
-        stop = bool(flag)
-    if stop:
-        LOGGER.info("no gain in %d epochs (best: %d): stopping early", patience, run.best_epoch)
-    return stop
-
-
-def finish(run: Run, val_loader: Loader, seconds: float) -> None:
+def finish(run: Run, seconds: float) -> None:
     """Strip last.pt, draw the curves, and say where things are."""
     last, best = run.dir / "weights/last.pt", run.dir / "weights/best.pt"
-    if last.is_file():
-        content = load_checkpoint(last)
-        save_final(last, content, content["model"])
-    plot_results(run.dir / "results.csv", run.dir / "results.png")
+    content = load_checkpoint(last)
+    save_final(last, content, content["model"])
+    draw(plot_results, run.dir / "results.csv", run.dir / "results.png")
     if run.gammas:
         plot_gammas(run)
     LOGGER.info("%.1f minutes; results in %s", seconds / 60, run.dir)
@@ -864,3 +948,9 @@ if __name__ == "__main__":
         main()
     except (OSError, ValueError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"error: {reason} Try a smaller --batch-size or --imgsz") from None
+    except KeyboardInterrupt:
+        print("interrupted; train.py --resume continues the newest unfinished run")
+        raise SystemExit(130) from None

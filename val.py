@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import logging
 import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,20 +42,22 @@ from utils.config import DatasetSpec, find_config, load_dataset_spec
 from utils.dataset import Batch, DetectionDataset, Loader, Split, build_loader, scan_split
 from utils.device import describe_device, select_device
 from utils.downloads import ensure_dataset, find_weights
-from utils.evaluate import EvaluationResult, evaluate
+from utils.evaluate import EvaluationResult, check_class_names, evaluate
 from utils.plots import (
+    draw,
     plot_batch,
     plot_confidence_curve,
     plot_confusion_matrix,
     plot_pr_curve,
     plot_study,
 )
-from utils.profile import count_gflops, count_parameters
+from utils.profile import count_gflops, count_parameters, out_of_memory_advice
 from utils.run_dir import new_run_dir, save_options, write_text_atomic
 
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("val")
 
+IMGSZ = 640  # default of --imgsz
 RECT_PAD = 0.5  # of rectangular batches, in strides
 STUDY_SIZES = range(256, 1536 + 1, 128)
 NUM_BATCH_PICTURES = 3
@@ -88,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("detection")
     group.add_argument(
-        "--imgsz", "--img", "--img-size", type=int, default=640, help="pixels; study has its own"
+        "--imgsz", "--img", "--img-size", type=int, help="pixels, default 640; study has its own"
     )
     group.add_argument("--batch-size", type=int, default=32, help="images")
     group.add_argument(
@@ -118,11 +122,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check what can be checked without reading files."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    if options.task in ("speed", "study"):
-        for flag in ("verbose", "save_txt", "save_json"):
-            if getattr(options, flag):
-                name = flag.replace("_", "-")
-                parser.error(f"--{name} does not act with --task {options.task}")
+    check_task(parser, options)
+    if options.imgsz is None and options.task != "study":
+        options.imgsz = IMGSZ
     if options.save_conf and not options.save_txt:
         parser.error("--save-conf acts only with --save-txt")
     if len(options.weights) > 1 and options.task != "study":
@@ -136,9 +138,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag.replace('_', '-')} is {value}, expected 0 to 1")
     for flag, low in (("batch_size", 1), ("imgsz", 32), ("max_det", 1), ("workers", 0)):
         value = getattr(options, flag)
-        if value < low:
+        if value is not None and value < low:
             parser.error(f"--{flag.replace('_', '-')} is {value}, expected at least {low}")
     return options
+
+
+def check_task(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse flags that do not act with the task."""
+    if options.task in ("speed", "study"):
+        for flag in ("verbose", "save_txt", "save_json"):
+            if getattr(options, flag):
+                name = flag.replace("_", "-")
+                parser.error(f"--{name} does not act with --task {options.task}")
+    if options.task == "study" and options.imgsz is not None:
+        parser.error(
+            "--imgsz does not act with --task study, which goes through the sizes "
+            f"{STUDY_SIZES[0]} to {STUDY_SIZES[-1]}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -166,10 +182,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.task != "speed":
             print_table(result, options.verbose)
             save_results(result, imgsz, run_dir)
-            if not options.noplots:
-                draw_curves(result, run_dir)
             if options.save_json:
                 score_as_coco(saver, split, run_dir)
+            if not options.noplots:
+                draw_curves(result, run_dir)
         print_speed(result, imgsz)
     LOGGER.info("results in %s", run_dir)
 
@@ -205,18 +221,8 @@ def load_network(
     """Read a network and check that it fits the data set."""
     path = find_weights(weights, ROOT)
     detector = load_detector(path, device)
-    if not options.single_cls and detector.names != data.names:
-        if len(detector.names) != data.num_classes:
-            raise ValueError(
-                f"{path} detects {len(detector.names)} classes, {data.source} names "
-                f"{data.num_classes}; give the data set it was trained for, or --single-cls"
-            )
-        pairs = zip(detector.names, data.names, strict=True)
-        theirs, ours = next(pair for pair in pairs if pair[0] != pair[1])
-        LOGGER.warning(
-            "%s and %s name their classes differently (%r, %r); the order counts, names do not",
-            path, data.source, theirs, ours,
-        )  # fmt: skip
+    if not options.single_cls:
+        check_class_names(detector.names, data.names, str(path), str(data.source))
     return detector.model
 
 
@@ -288,15 +294,27 @@ class BatchSaver:
 
 
 def _text_files(paths: Sequence[str], folder: Path) -> dict[str, Path]:
-    """A text file for each image; where file names repeat, the image's folder comes in front."""
-    stems = [Path(path).stem for path in paths]
-    repeated = (
-        {stem for stem in stems if stems.count(stem) > 1} if len(set(stems)) < len(stems) else set()
-    )
-    return {
-        path: folder / f"{Path(path).parent.name + '_' if stem in repeated else ''}{stem}.txt"
-        for path, stem in zip(paths, stems, strict=True)
-    }
+    """A text file for each image: `<stem>.txt`.
+
+    Where stems repeat, the image's folders (below the one that all images are in) come in front,
+    and where that is not enough a number behind. Upper and lower case count as equal, because
+    some file systems see it so.
+    """
+    counts = Counter(Path(path).stem.casefold() for path in paths)
+    levels = zip(*{Path(path).parent.parts for path in paths}, strict=False)
+    num_common = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
+    taken = {stem for stem, count in counts.items() if count == 1}
+    files = {}
+    for path in paths:
+        stem = Path(path).stem
+        if counts[stem.casefold()] > 1:
+            parts = [part.strip(":/\\") for part in Path(path).parent.parts[num_common:]]
+            first = "_".join([*parts, stem])
+            candidates = itertools.chain([first], (f"{first}_{n}" for n in itertools.count(2)))
+            stem = next(name for name in candidates if name.casefold() not in taken)
+            taken.add(stem.casefold())
+        files[path] = folder / f"{stem}.txt"
+    return files
 
 
 def write_text(
@@ -323,8 +341,8 @@ def draw_batch(
         for rows, letterbox in zip(detections, batch.letterboxes, strict=True)
     ]
     labels, found = f"val_batch{number}_labels.jpg", f"val_batch{number}_pred.jpg"
-    plot_batch(batch.images, batch.targets, batch.paths, names, run_dir / labels)
-    plot_batch(batch.images, on_input, batch.paths, names, run_dir / found)
+    draw(plot_batch, batch.images, batch.targets, batch.paths, names, run_dir / labels)
+    draw(plot_batch, batch.images, on_input, batch.paths, names, run_dir / found)
 
 
 def run(
@@ -411,15 +429,17 @@ def draw_curves(result: EvaluationResult, run_dir: Path) -> None:
     """Confusion matrix, and the curves over recall and confidence."""
     ap = result.ap_result
     names = [result.names[cls] for cls in ap.classes]
-    plot_confusion_matrix(result.confusion.matrix, result.names, run_dir / "confusion_matrix.png")
-    plot_pr_curve(ap.recalls, ap.precision_at_recall, ap.ap50, names, run_dir / "PR_curve.png")
+    matrix = result.confusion.matrix
+    draw(plot_confusion_matrix, matrix, result.names, run_dir / "confusion_matrix.png")
+    out = run_dir / "PR_curve.png"
+    draw(plot_pr_curve, ap.recalls, ap.precision_at_recall, ap.ap50, names, out)
     for letter, curve, quantity in (
         ("P", ap.precision_curve, "precision"),
         ("R", ap.recall_curve, "recall"),
         ("F1", ap.f1_curve, "F1"),
     ):
         out = run_dir / f"{letter}_curve.png"
-        plot_confidence_curve(ap.confidences, curve, names, out, quantity=quantity)
+        draw(plot_confidence_curve, ap.confidences, curve, names, out, quantity=quantity)
 
 
 def score_as_coco(saver: BatchSaver, split: Split, run_dir: Path) -> None:
@@ -431,7 +451,11 @@ def score_as_coco(saver: BatchSaver, split: Split, run_dir: Path) -> None:
     annotations = ids.annotations
     if annotations is None:
         if not split.report.num_boxes:
-            LOGGER.info("%s written; without labels there is nothing to score", predictions)
+            LOGGER.info(
+                "%s written%s; without labels there is nothing to score here",
+                predictions,
+                " with COCO's numbers, to be submitted" if ids.is_coco else "",
+            )
             return
         annotations = run_dir / "annotations.json"
         shapes_hw, names = split.shapes_hw, saver.names
@@ -473,11 +497,13 @@ def study(
                 print_speed(result, imgsz)
                 curves[weights].append((imgsz, sum(result.speed_ms), result.map50_95))
     if not options.noplots:
-        plot_study(curves, run_dir / "study.png")
+        draw(plot_study, curves, run_dir / "study.png")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"error: {out_of_memory_advice(error)}") from None

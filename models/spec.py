@@ -114,8 +114,17 @@ class ModelSpec:
 
     @property
     def is_pruned(self) -> bool:
-        """Whether widths differ from what the multiples give."""
+        """Whether it states widths of its own, as a pruned network does."""
         return bool(self.widths)
+
+    def is_same_network(self, other: ModelSpec) -> bool:
+        """Whether both are built alike, whatever their classes, anchors and widths."""
+
+        def built_from(spec: ModelSpec) -> tuple[Any, ...]:
+            rows = tuple((row.sources, row.number, row.module, row.args) for row in spec.rows)
+            return rows, spec.depth_multiple, spec.width_multiple, spec.activation
+
+        return built_from(self) == built_from(other)
 
 
 def _check_keys(data: Mapping[str, Any], source: str) -> None:

@@ -136,7 +136,7 @@ def test_the_head_follows_any_number_of_levels(levels):
     assert head == expected
 
 
-# The share of BN channels that the classic rule freezes (PRUNING.md section 2).
+# The share of BN channels that the classic rule freezes: all that a shortcut adds to.
 @pytest.mark.parametrize(
     ("size", "share"), [("n", 0.22), ("s", 0.22), ("m", 0.30), ("l", 0.35), ("x", 0.39)]
 )

@@ -48,8 +48,34 @@ def test_coco_is_recognised_by_its_annotation_file(tmp_path, name, num_classes, 
         (tmp_path / "annotations/instances_val2017.json").write_text("{}")
     ids = number_for_coco([path], num_classes)
     assert (ids.annotations is not None) == is_coco
+    assert ids.is_coco == is_coco
     assert ids.images[path] == (139 if is_coco else 1)
     assert ids.categories[11] == (13 if is_coco else 12)
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "is_coco"),
+    [
+        ("test2017", "image_info_test-dev2017.json", True),
+        ("test2017", "image_info_test2017.json", True),
+        ("test2017", "instances_val2017.json", True),
+        ("test2017", "image_info_test2014.json", False),
+        ("test2017", "captions_val2017.json", False),
+        ("test", "instances_default.json", False),
+        ("train", "instances_train.json", True),
+    ],
+)
+def test_a_split_without_boxes_has_the_numbers_of_coco(tmp_path, folder, file, is_coco):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / file).write_text("{}")
+    path = str(tmp_path / "images" / folder / "000000000001.jpg")
+    other = str(tmp_path / "images" / folder / "000000000007.jpg")
+    ids = number_for_coco([path, other], 80)
+    assert ids.is_coco == is_coco
+    assert ids.images == {path: 1, other: 7 if is_coco else 2}
+    assert ids.categories[79] == (90 if is_coco else 80)
+    has_boxes = file == f"instances_{folder}.json"
+    assert (ids.annotations is not None) == has_boxes
 
 
 def test_ground_truth_by_hand():

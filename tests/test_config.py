@@ -146,6 +146,13 @@ def test_hyperparameters_are_checked_when_replaced():
         hyp.lr0 = 1  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("path", HYPS, ids=lambda path: path.name)
+def test_hyperparameter_files_say_what_does_not_act(path):
+    comments = dict(line.split(":", 1) for line in path.read_text().splitlines() if ": " in line)
+    assert "not used; kept so that existing files load" in comments["iou_t"]
+    assert "SGD only" in comments["warmup_bias_lr"]
+
+
 def test_every_hyperparameter_has_a_comment():
     source = (ROOT / "utils" / "config.py").read_text(encoding="utf-8")
     for entry in dataclasses.fields(Hyperparameters):
@@ -227,6 +234,31 @@ def test_paths_are_tried_at_the_project_then_beside_the_yaml(tmp_path):
     assert found.test == (root / "set" / "images", root / "set" / "list.txt")
     assert found.missing(("test",)) == (root / "set" / "list.txt",)
     found.check_exists()
+
+
+@pytest.mark.parametrize("folder", [".", "data", "set"])
+@pytest.mark.parametrize("splits", [("images",), ("images", "list.txt")])
+def test_the_base_is_where_the_splits_are(tmp_path, folder, splits):
+    root, beside = tmp_path / "project", tmp_path / "elsewhere"
+    path = write(beside / "data.yaml", dataset_text(path=folder, val=splits[-1]))
+    (root / folder).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError) as caught:
+        load_dataset_spec(path, root).check_exists()
+    for split in splits:
+        assert str(root / folder / split) in str(caught.value)
+        assert str(beside / folder / split) in str(caught.value)
+
+    (beside / folder / "images").mkdir(parents=True)
+    write(beside / folder / "list.txt", "")
+    spec = load_dataset_spec(path, root)
+    assert spec.root == beside / folder
+    assert spec.train == (beside / folder / "images",)
+    assert spec.val == (beside / folder / splits[-1],)
+    spec.check_exists()
+
+    (root / folder / "images").mkdir()  # as complete or less complete
+    chosen = root if len(splits) == 1 else beside
+    assert load_dataset_spec(path, root).train == (chosen / folder / "images",)
 
 
 def test_parent_folders_and_absolute_paths(tmp_path):

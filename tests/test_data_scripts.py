@@ -1,7 +1,10 @@
 """Conversions of COCO and Pascal VOC annotations, on small hand-made inputs."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -11,9 +14,10 @@ import pytest
 from data.scripts import get_bccd, get_coco, get_voc
 from data.scripts.coco_annotations import convert_instances, join_parts, write_image_list
 from data.scripts.voc_annotations import convert_annotation, convert_image_set
-from utils.config import load_dataset_spec
+from utils.config import load_dataset_spec, load_yaml
 from utils.scan import parse_labels, scan_split
 
+ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("cat", "dog")
 
 
@@ -268,6 +272,67 @@ def test_get_coco(tmp_path, monkeypatch):
         assert split.labels.flat[0, 0] == 79
     assert len((tmp_path / "coco" / "test-dev2017.txt").read_text().splitlines()) == 2
     assert not (tmp_path / "coco" / "train2017.zip").exists()
+
+
+def test_get_coco_leaves_images_that_are_there(tmp_path, monkeypatch):
+    listed = coco_file(tmp_path / "listed.json", [])  # a.jpg, b.jpg
+    fetched = []
+    monkeypatch.setattr(get_coco, "download", lambda url, path: fetched.append(path.name))
+    monkeypatch.setattr(get_coco, "unpack", lambda archive, folder: None)
+    folder = tmp_path / "images" / "val2017"
+    folder.mkdir(parents=True)
+    (folder / "a.jpg").touch()
+    half = tmp_path / "val2017.zip"
+    for present, has_archive, expected in (
+        ("a.jpg", False, ["val2017.zip"]),  # one is missing
+        ("b.jpg", True, ["val2017.zip"]),  # an interrupted run may have been writing b.jpg
+        ("b.jpg", False, []),  # put there by hand
+    ):
+        (folder / present).touch()
+        half.touch() if has_archive else half.unlink(missing_ok=True)
+        get_coco.get_images(tmp_path, "val2017", listed, keep_archive=True)
+        assert fetched == expected
+        fetched.clear()
+        if expected:
+            (tmp_path / "images" / ".val2017.complete").unlink()
+
+
+COMMANDS = {
+    path.name: command
+    for path in sorted((ROOT / "data").glob("*.yaml"))
+    if not (command := load_yaml(path)["download"]).startswith("http")
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_shipped_commands_run_as_they_are_written(name):
+    """In the project folder, as the yaml file, the script and README have them."""
+    words = COMMANDS[name].split()
+    assert words[0] == "python"
+    asked = subprocess.run(
+        [sys.executable, *words[1:], "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert "--out" in asked.stdout
+    row = next(row for row in (ROOT / "README.md").read_text().splitlines() if f"`{name}`" in row)
+    assert f"`{COMMANDS[name]}`" in row
+
+
+@pytest.mark.parametrize("name", ["get_bccd", "get_coco", "get_voc"])
+def test_without_a_connection_scripts_end_with_one_line(tmp_path, name):
+    nowhere = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https")}  # refuses
+    result = subprocess.run(
+        [sys.executable, "-m", f"data.scripts.{name}", "--out", str(tmp_path / "new")],
+        cwd=ROOT,
+        env=os.environ | nowhere | {"no_proxy": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: cannot download http")
+    assert "put the file at" in last
 
 
 def _copy(source: str | Path, target: Path) -> Path:

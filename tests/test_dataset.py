@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,8 @@ def pixels_of_class(image: torch.Tensor, cls: int) -> np.ndarray:
 def test_plain_items_are_letterboxed_rgb_with_boxes_on_their_objects(split, imgsz, rect):
     dataset = DetectionDataset(split, imgsz, rect=rect, batch_size=2, pad=0.5)
     for index in range(len(split)):
-        image, targets, path, letterbox = dataset[index]
+        image, targets, path, letterbox, problems = dataset[index]
+        assert problems == ()
         assert image.dtype == torch.uint8
         assert path == split.paths[index]
         height, width = image.shape[1:]
@@ -61,13 +63,13 @@ def test_plain_items_are_letterboxed_rgb_with_boxes_on_their_objects(split, imgs
 
 
 def test_plain_items_of_the_right_size_keep_every_pixel(split):
-    image, _, path, letterbox = DetectionDataset(split, 96)[2]
+    image, _, path, letterbox, _ = DetectionDataset(split, 96)[2]
     np.testing.assert_array_equal(image.permute(1, 2, 0).numpy()[..., ::-1], read_image(path))
     assert letterbox == ((96, 96), (1.0, 1.0), (0.0, 0.0))
 
 
 def test_images_are_not_enlarged_beyond_imgsz_and_padded_with_grey(split):
-    image, _, _, letterbox = DetectionDataset(split, 192)[3]  # 64 x 96 -> 128 x 192
+    image, _, _, letterbox, _ = DetectionDataset(split, 192)[3]  # 64 x 96 -> 128 x 192
     assert letterbox == ((64, 96), (2.0, 2.0), (0.0, 32.0))
     assert (image[:, :32] == 114).all()
     assert (image[:, -32:] == 114).all()
@@ -134,24 +136,72 @@ def test_loader_complains(split):
             build_loader(square, **arguments)
     with pytest.raises(ValueError, match="made for batch size 16, not 4"):
         build_loader(rect, 4)
-    with pytest.raises(ValueError, match="image weights cannot act"):
-        build_loader(rect, 16, image_weights=np.ones(4))
-    with pytest.raises(ValueError, match="image weights must be 4"):
-        list(build_loader(square, 4, image_weights=np.array([1, 1, np.nan, 1])))
+    with pytest.raises(ValueError, match="weights cannot act"):
+        build_loader(rect, 16).set_image_weights(np.ones(4))
+    for weights in ([1, 1, np.nan, 1], [1, 1, -1, 1], [1, 1, 1]):
+        with pytest.raises(ValueError, match="image weights must be 4"):
+            build_loader(square, 4).set_image_weights(np.array(weights))
     with pytest.raises(IndexError):
         square[4]
 
 
-def test_an_image_damaged_after_the_scan_becomes_an_empty_picture(split, caplog):
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("harm", "what"),
+    [
+        pytest.param(
+            lambda path: path.write_bytes(path.read_bytes()[:300]), "damaged", id="damaged"
+        ),
+        pytest.param(lambda path: path.unlink(), "No such file or directory", id="deleted"),
+    ],
+)
+def test_an_image_lost_after_the_scan_becomes_an_empty_picture(split, caplog, harm, what, workers):
     path = Path(split.paths[1])
-    path.write_bytes(path.read_bytes()[:300])
-    image, targets, *_ = DetectionDataset(split, 64)[1]
-    assert (image == 114).all()
-    assert len(targets) == 0
-    assert "used as an empty picture" in caplog.text
-    path.unlink()
-    with pytest.raises(OSError, match=r"b\.png"):
-        DetectionDataset(split, 64)[1]
+    content = path.read_bytes()
+    harm(path)
+    loader = build_loader(DetectionDataset(split, 64), 1, workers=workers)
+    assert (loader.num_workers > 0) == (workers > 0)
+    for _ in range(2):
+        batches = list(loader)
+        assert [len(batch.targets) for batch in batches] == [2, 0, 3, 0]
+        assert (batches[1].images == 114).all()
+    (warning,) = caplog.records
+    assert warning.getMessage().startswith(f"used as an empty picture (1 so far): {path}: ")
+    assert what in warning.getMessage()
+    assert list(loader.unreadable) == [str(path)]
+    path.write_bytes(content)
+    assert [len(batch.targets) for batch in loader] == [2, 1, 3, 0], "it has come back"
+
+
+def test_the_parts_of_a_mosaic_that_were_lost_are_named(split):
+    for path in split.paths[1:]:
+        Path(path).unlink()
+    hyp = dataclasses.replace(LOW, mosaic=1.0, mixup=1.0)
+    loader = build_loader(DetectionDataset(split, 64, hyp=hyp), 4)
+    for epoch in range(8):
+        loader.set_epoch(epoch)
+        list(loader)
+    assert set(loader.unreadable) == set(split.paths[1:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "lose",
+    [
+        pytest.param(shutil.rmtree, id="folder"),
+        pytest.param(
+            lambda images: [path.unlink() for path in images.iterdir()], id="empty mount point"
+        ),
+    ],
+)
+def test_a_lost_folder_stops_with_one_line(tiny_dataset, split, lose, workers):
+    lose(tiny_dataset.images)
+    loader = build_loader(DetectionDataset(split, 64), 2, workers=workers)
+    with pytest.raises(FileNotFoundError, match="connect its drive") as caught:
+        list(loader)
+    assert str(caught.value).startswith(f"{tiny_dataset.images}: the images")
+    assert "a.jpg" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # -------------------------------------------------------------------------------- augmented loading
@@ -304,7 +354,8 @@ def test_ranks_share_what_one_process_would_see(split, world_size, rect):
 
 def test_image_weights_draw_with_replacement(split):
     dataset = DetectionDataset(split, 64, hyp=LOW)
-    loader = build_loader(dataset, 2, shuffle=True, image_weights=np.array([0, 1, 0, 0]))
+    loader = build_loader(dataset, 2, shuffle=True)
+    loader.set_image_weights(np.array([0, 1, 0, 0]))
     loader.set_epoch(0)
     batches = list(loader)
     assert [Path(path).stem for batch in batches for path in batch.paths] == ["b"] * 4
@@ -316,8 +367,6 @@ def test_image_weights_draw_with_replacement(split):
     assert len(order(loader)) == 4
     loader.set_image_weights(None)
     assert sorted(order(loader)) == ["a", "b", "c", "d"]
-    asked = build_loader(dataset, 2, image_weights=lambda: np.array([1, 0, 0, 0]))
-    assert set(order(asked)) == {"a"}
 
 
 def test_image_weights_from_map(split):

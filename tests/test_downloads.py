@@ -356,6 +356,60 @@ def test_ensure_dataset_tells_when_the_archive_holds_something_else(server, tmp_
         ensure_dataset(spec)
 
 
+@pytest.mark.parametrize("folder", [..., ".", "..", "{root}"])
+def test_ensure_dataset_keeps_archives_out_of_the_project(server, tmp_path, folder):
+    server.files["mine.zip"] = zip_of(tmp_path / "x.zip", dataset_members("")).read_bytes()
+    root = tmp_path / "project"
+    root.mkdir()
+    (root / "LICENSE").write_text("mine")
+    text = "train: images/train\nval: images/train\nnames: [a]\n"
+    text += "" if folder is ... else f"path: {folder.format(root=root)}\n"
+    path = tmp_path / "sets" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_text(f"{text}download: {server.url('mine.zip')}\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml: .*folder of its own with 'path:'"):
+        ensure_dataset(load_dataset_spec(path, root), root=root)
+    assert names_in(root) == ["LICENSE"]
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        pytest.param(lambda folder: (folder / "LICENSE").write_text("mine"), id="file"),
+        pytest.param(lambda folder: (folder / "labels").write_text("mine"), id="not a folder"),
+        pytest.param(lambda folder: (folder / "LICENSE").mkdir(), id="folder"),
+        pytest.param(lambda folder: (folder / "LICENSE").symlink_to("nowhere"), id="dead link"),
+    ],
+)
+def test_ensure_dataset_replaces_nothing(server, tmp_path, taken):
+    server.files["mine.zip"] = zip_of(tmp_path / "x.zip", dataset_members("")).read_bytes()
+    path = write_yaml(tmp_path / "project" / "data.yaml", server.url("mine.zip"))
+    folder = tmp_path / "sets" / "mine"
+    folder.mkdir(parents=True)
+    taken(folder)
+    (blocked,) = names_in(folder)
+    with pytest.raises(FileExistsError, match="nothing was unpacked; move it away") as caught:
+        ensure_dataset(load_dataset_spec(path, tmp_path / "project"))
+    assert str(caught.value).startswith(f"{folder / blocked}: ")
+    assert names_in(folder) == [blocked]
+
+    (folder / blocked).rename(folder / "moved away")
+    (folder / "LICENSE").write_bytes(b"free")  # the same as in the archive: no conflict
+    ensure_dataset(load_dataset_spec(path, tmp_path / "project"))
+    assert len(server.requests) == 1, "the archive has been kept"
+    assert (folder / "moved away").exists() or (folder / "moved away").is_symlink()
+    assert (folder / "labels" / "train" / "a.txt").is_file()
+
+
+def test_ensure_dataset_cannot_fill_a_folder_outside_of_path(server, tmp_path):
+    server.files["mine.zip"] = zip_of(tmp_path / "x.zip", dataset_members("")).read_bytes()
+    path = write_yaml(tmp_path / "project" / "data.yaml", server.url("mine.zip"))
+    path.write_text(path.read_text().replace("images/train", "/nowhere/images"))
+    with pytest.raises(FileNotFoundError, match="/nowhere/images is not there, and no archive can"):
+        ensure_dataset(load_dataset_spec(path, tmp_path / "project"))
+
+
 def test_ensure_dataset_without_a_download(tmp_path):
     path = write_yaml(tmp_path / "project" / "data.yaml", None)
     spec = load_dataset_spec(path, tmp_path / "project")
@@ -408,14 +462,32 @@ def test_foreign_commands_run_when_allowed(tmp_path):
         ("python -c 'raise SystemExit(3)'", OSError, "failed with status 3"),
         ("no-such-program --x", OSError, "cannot run 'no-such-program --x'"),
         ("python -c pass", FileNotFoundError, "images not found"),
-        ("python -c 'unclosed", ValueError, "No closing quotation"),
+        ("python -c 'unclosed", ValueError, r"mine\.yaml:5: .*unclosed\": No closing quotation"),
+        (r"import os\nprint(1)", ValueError, r"mine\.yaml:5: .*one command line.*several lines"),
+        (
+            "python -c 'raise SystemExit(chr(10).join((chr(49), chr(50))))'",
+            OSError,
+            r"mine\.yaml: .* failed with status 1: 2$",
+        ),
+        ("python get.py", OSError, r"mine\.yaml: 'python get\.py' failed with status 1: no net$"),
     ],
 )
 def test_commands_that_fail(tmp_path, command, error, complaint):
     root = tmp_path / "project"
     spec = load_dataset_spec(write_yaml(root / "data" / "mine.yaml", f'"{command}"'), root)
-    with pytest.raises(error, match=complaint):
+    (root / "get.py").write_text("raise SystemExit('error: no net')")
+    with pytest.raises(error, match=complaint) as caught:
         ensure_dataset(spec, root=root)
+    assert "\n" not in str(caught.value)
+
+
+def test_commands_are_heard(tmp_path, capfd):
+    root = tmp_path / "project"
+    command = "\"python -c 'import sys; print(1); print(2, file=sys.stderr)'\""
+    spec = load_dataset_spec(write_yaml(root / "data" / "mine.yaml", command), root)
+    with pytest.raises(FileNotFoundError):
+        ensure_dataset(spec, root=root)
+    assert capfd.readouterr() == ("1\n", "2\n")
 
 
 # ----------------------------------------------------------------------------------------- weights

@@ -1,6 +1,7 @@
 """Decoded images kept in memory and on disk."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -125,4 +126,24 @@ def test_a_damaged_image_is_not_cached(tiny_dataset, split, caplog):
         assert (image == 114).all()
         assert len(targets) == 0
     assert len(disk_files(tiny_dataset)) == 3
-    assert "used as an empty picture" in caplog.text
+    assert caplog.text == "", "it is named where it is used"
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_all_cores_fill_the_cache(split, kind, monkeypatch):
+    asked = []
+    monkeypatch.setattr(image_cache, "num_usable_cores", lambda: asked.append(kind) or 3)
+    DetectionDataset(split, 64, cache=kind)
+    assert asked == [kind]
+    monkeypatch.undo()
+    assert 1 <= image_cache.num_usable_cores() <= (os.cpu_count() or 1)
+
+
+def test_the_disk_cache_leaves_no_half_files(tiny_dataset, split, monkeypatch):
+    def fail(file, image, **_):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(image_cache.np, "save", fail)
+    DetectionDataset(split, 64, cache="disk")
+    assert disk_files(tiny_dataset) == []

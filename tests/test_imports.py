@@ -133,6 +133,99 @@ def test_no_sys_path_edits(source):
     assert edits == []
 
 
+def _product() -> list[str]:
+    return [source for source in _sources() if not source.startswith("tests/")]
+
+
+def _tree(source: str) -> ast.Module:
+    return ast.parse((ROOT / source).read_text(encoding="utf-8"), filename=source)
+
+
+def _hard_coded_cuda(tree: ast.AST) -> list[int]:
+    """Lines with `.cuda()` or a device 'cuda...'; asking `device.type == "cuda"` is no choice."""
+    asked = {
+        id(constant)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare)
+        and isinstance(node.left, ast.Attribute)
+        and node.left.attr == "type"
+        for constant in ast.walk(node)
+    }
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "cuda"
+        )
+        or (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node.value.startswith("cuda")
+            and id(node) not in asked
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "offends"),
+    [
+        ("model.cuda()", True),
+        ("torch.device('cuda')", True),
+        ("x.to('cuda:1')", True),
+        ("device.type == 'cuda'", False),
+        ("name == 'cuda'", True),
+        ("torch.cuda.is_available()", False),
+        ("'no CUDA here'", False),
+    ],
+)
+def test_hard_coded_cuda_is_seen(code, offends):
+    assert bool(_hard_coded_cuda(ast.parse(code))) == offends
+
+
+@pytest.mark.parametrize("source", sorted({*_product()} - {"utils/device.py"}))
+def test_only_the_device_module_chooses_cuda(source):
+    assert _hard_coded_cuda(_tree(source)) == []
+
+
+_INSTALLERS = {"pip", "pip3", "ensurepip", "easy_install", "conda", "uv"}
+
+
+def _installs(tree: ast.AST) -> list[int]:
+    """Lines with the name of an installer, alone or as the start of a command line."""
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and (
+            (words := node.value.split())[:1] != []
+            and (words[0] in _INSTALLERS or "-m pip" in node.value)
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "offends"),
+    [
+        ("subprocess.run([sys.executable, '-m', 'pip', 'install', 'thop'])", True),
+        ("os.system('pip install thop')", True),
+        ("subprocess.check_call(f'{sys.executable} -m pip install thop', shell=True)", True),
+        ("ValueError('thop is missing: pip install -r requirements.txt')", False),
+        ("''", False),
+    ],
+)
+def test_installing_is_seen(code, offends):
+    assert bool(_installs(ast.parse(code))) == offends
+
+
+@pytest.mark.parametrize("source", _product())
+def test_no_script_installs_packages(source):
+    assert _installs(_tree(source)) == []
+    assert _offences(source, lambda name: _top(name) in _INSTALLERS) == []
+
+
 def test_no_import_cycle():
     graph = {
         source.removesuffix(".py").removesuffix("/__init__").replace("/", "."): set(

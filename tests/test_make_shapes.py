@@ -10,11 +10,10 @@ import yaml
 from data.scripts import make_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "data" / "scripts" / "make_shapes.py"
 
 
 def _run(*options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *options]
+    command = [sys.executable, "-m", "data.scripts.make_shapes", *options]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -63,6 +62,14 @@ def test_errors_are_one_clear_line(tmp_path, options, message):
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = _run("--out", str(tmp_path / "file" / "shapes"), "--train", "1", "--val", "0")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
@@ -119,5 +126,5 @@ def test_yaml_matches_the_script():
     spec = yaml.safe_load((ROOT / "data" / "shapes.yaml").read_text(encoding="utf-8"))
     assert tuple(spec["names"].values()) == make_shapes.CLASS_NAMES
     assert list(spec["names"]) == list(range(len(make_shapes.CLASS_NAMES)))
-    assert spec["download"] == "python data/scripts/make_shapes.py"
+    assert spec["download"] == "python -m data.scripts.make_shapes"
     assert spec["path"] == "datasets/shapes"

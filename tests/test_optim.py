@@ -114,8 +114,9 @@ def test_freeze(model):
     assert frozen_rows([3], 15) == {0, 1, 2}
     assert frozen_rows([0], 15) == set()
     assert frozen_rows([4, 6], 15) == {4, 6}
-    with pytest.raises(ValueError, match="row 15 does not exist"):
-        frozen_rows([0, 15], 15)
+    for wrong in ([0, 15], [15], [99], [-1], [-1, 3], list(range(15))):
+        with pytest.raises(ValueError, match="expected a count below 15"):
+            frozen_rows(wrong, 15)
     norms = freeze(model.model, {0, 2})
     assert len(norms) == 1 + 5
     trained = sum(p.requires_grad for p in model.parameters())

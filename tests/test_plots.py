@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 
 from utils import plots
@@ -30,6 +31,66 @@ def test_plots_need_no_display_and_no_pyplot():
     code = "import sys, utils.plots; print('matplotlib.pyplot' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "False"
+
+
+# Names as files and yaml keys can hold them: formulas, line breaks, marks of other kinds.
+HOSTILE_NAMES = ("a$^$", "$", "two\nlines", "tab\tand\x00", "_hidden", "\udcff", "x" * 400)
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_shown_literally(tmp_path):
+    num, x = len(HOSTILE_NAMES), np.linspace(0, 1, 5)
+    boxes = np.column_stack([np.arange(num), np.full((num, 4), 0.5)])
+    curves = np.full((num, 5), 0.5)
+    plots.plot_labels(boxes, HOSTILE_NAMES, tmp_path / "labels.png")
+    plots.plot_pr_curve(x, curves, np.ones(num), HOSTILE_NAMES, tmp_path / "pr.png")
+    plots.plot_confidence_curve(x, curves, HOSTILE_NAMES, tmp_path / "p.png", quantity="precision")
+    plots.plot_confusion_matrix(np.eye(num + 1), HOSTILE_NAMES, tmp_path / "matrix.png")
+    plots.plot_study({name: [(640, 1.0, 0.1)] for name in HOSTILE_NAMES[:-1]}, tmp_path / "s.png")
+    plots.plot_stage_table([{"stage": "train"}], tmp_path / "t.png", title=HOSTILE_NAMES[0])
+    targets = np.column_stack([np.zeros(num), boxes])
+    paths = [f"/where/{name}.jpg" for name in HOSTILE_NAMES]
+    images = np.zeros((num, 3, 64, 64), np.uint8)
+    plots.plot_batch(images, targets, paths, HOSTILE_NAMES, tmp_path / "batch.png")
+    assert len(list(tmp_path.iterdir())) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("$5$", "$5$"),
+        (r"\$5$", r"\$5$"),
+        ("a\nb", "a b"),
+        ("a\x07", "a�"),
+        ("größe 1", "größe 1"),
+        ("", ""),
+        ("_a", "\u200b_a"),  # a legend leaves out what starts with an underscore
+    ],
+)
+def test_a_name_in_a_figure(name, shown):
+    text = Text(0, 0, plots._class_name(name))
+    what, is_formula = text._preprocess_math(text.get_text())
+    assert (what, is_formula) == (shown, False)
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, OSError])
+def test_a_picture_that_fails_is_one_warning(caplog, kind):
+    def plot_nothing(*_, **__):
+        raise kind("first\nsecond")
+
+    plots.draw(plot_nothing, 1, key=2)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message == "warning: plot_nothing failed, the picture is missing: first"
+
+
+def test_draw_hands_on_what_it_gets(tmp_path, caplog):
+    plots.draw(plots.plot_stage_table, [], tmp_path / "a.png", title="empty")
+    plots.draw(plots.plot_stage_table, [], tmp_path / "none" / "a.png")
+    assert (tmp_path / "a.png").is_file()
+    assert "plot_stage_table failed" in caplog.text
+    with pytest.raises(TypeError):
+        plots.draw(plots.plot_stage_table, wrong=1)
 
 
 def test_class_colours_differ():
@@ -113,6 +174,14 @@ def test_plot_batch_draws_the_same_box_for_detections(tmp_path):
     assert np.nonzero(colour)[1].min() == pytest.approx(96 * 4 * 1.25, abs=3)
     below_min_conf = np.abs(pixels - plots.class_colour(0)).sum(2) < 30
     assert not below_min_conf.any()
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_the_surest_detection_lies_on_top(tmp_path, order):
+    found = torch.tensor([[24.0, 16, 72, 48, 0.9, 2], [24, 16, 72, 48, 0.3, 0]])
+    plots.plot_batch(_grey_batch(1), [found[order]], ["a"], NAMES, tmp_path / "pred.png")
+    frame = _pixels(tmp_path / "pred.png")[32 * 4, 24 * 4 : 24 * 4 + 2]
+    assert (np.abs(frame - plots.class_colour(2)).sum(1) < 30).all()
 
 
 @pytest.mark.parametrize(

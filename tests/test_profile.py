@@ -2,12 +2,19 @@ import copy
 import json
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from models import Model, ModelSpec
-from utils.profile import compare_latency, count_gflops, count_parameters, measure_latency
+from utils.profile import (
+    compare_latency,
+    count_gflops,
+    count_parameters,
+    out_of_memory_advice,
+    summarise_rounds,
+)
 
 CPU = torch.device("cpu")
 NAMES = [
@@ -65,20 +72,74 @@ def test_gflops_by_hand():
 def test_latency_is_positive_and_the_model_stays(tiny_model, imgsz):
     names = list(tiny_model.state_dict())
     tiny_model.train()
-    assert measure_latency(tiny_model, imgsz, CPU, num_rounds=2) > 0
+    (latency,) = compare_latency([tiny_model], imgsz, CPU, seconds=0)
+    assert latency.milliseconds > 0
+    assert latency[1:] == (1, 1, 1)
     assert tiny_model.training
     assert list(tiny_model.state_dict()) == names  # not folded
 
 
 def test_latencies_are_compared_in_turns(tiny_model):
     def work(*_):
-        time.sleep(0.2)
+        time.sleep(0.05)
 
     small, large = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model)
     large.register_forward_hook(work)
-    fast, slow = compare_latency([small, large], 64, CPU, num_rounds=3)
-    assert slow > 200
-    assert slow > fast
+    slow, fast = compare_latency([large, small], 64, CPU, seconds=0)
+    assert slow.milliseconds > 50
+    assert slow.milliseconds > fast.milliseconds
+    assert 1 < fast.speed_up_low <= fast.speed_up <= fast.speed_up_high
+
+
+def test_time_is_the_limit_and_five_rounds_the_least(tiny_model):
+    passes = []
+    tiny_model.register_forward_hook(lambda *_: passes.append(time.perf_counter()))
+    compare_latency([tiny_model], 64, CPU, seconds=0)
+    assert len(passes) == 2 + 5
+    compare_latency([tiny_model], 64, CPU, seconds=0.5)
+    assert passes[-1] - passes[7] < 1
+    assert len(passes) > 7 + 2 + 5
+
+
+def noisy_rounds(speed_up, seed, num_rounds=200):
+    """Two networks on a busy machine: half of the passes are slowed down, by up to five times."""
+    rng = np.random.default_rng(seed)
+    times = np.array([10.0, 10.0 / speed_up]) * rng.normal(1, 0.01, (num_rounds, 2))
+    return times * np.where(
+        rng.random((num_rounds, 2)) < 0.5, rng.uniform(1, 5, (num_rounds, 2)), 1
+    )
+
+
+@pytest.mark.parametrize("speed_up", [0.8, 1.3])
+def test_a_difference_is_found_in_noise(speed_up):
+    for seed in range(20):
+        dense, slim = summarise_rounds(noisy_rounds(speed_up, seed))
+        assert dense[1:] == (1, 1, 1)
+        assert slim.speed_up == pytest.approx(speed_up, rel=0.02)
+        assert slim.speed_up_low <= slim.speed_up <= slim.speed_up_high
+        assert (slim.speed_up_low > 1) == (speed_up > 1)
+        assert slim.milliseconds == pytest.approx(10 / speed_up, rel=0.05)
+
+
+def test_no_difference_is_found_where_there_is_none():
+    claims = [summarise_rounds(noisy_rounds(1.0, seed))[1].speed_up_low > 1 for seed in range(100)]
+    assert sum(claims) <= 5
+
+
+def test_one_round_has_no_spread():
+    assert summarise_rounds(np.array([[4.0, 2.0]]))[1] == (2, 2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("message", "advice"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...",
+         "CUDA out of memory. Tried to allocate 2.00 GiB; try a smaller --batch-size or --imgsz"),
+        ("", "the device is out of memory; try a smaller --batch-size or --imgsz"),
+    ],
+)  # fmt: skip
+def test_advice_where_memory_is_short(message, advice):
+    assert out_of_memory_advice(torch.OutOfMemoryError(message)) == advice
 
 
 def test_no_models():
@@ -88,5 +149,6 @@ def test_no_models():
 @pytest.mark.gpu
 def test_latency_on_gpu(tiny_model):
     cuda = torch.device("cuda")
-    assert measure_latency(tiny_model, 64, cuda, 2, torch.float16) > 0
+    (latency,) = compare_latency([tiny_model], 64, cuda, 2, torch.float16, seconds=0.1)
+    assert latency.milliseconds > 0
     assert next(tiny_model.parameters()).device.type == "cpu"

@@ -148,7 +148,7 @@ def test_proof_per_network(pytestconfig, size, rule):
 @pytest.mark.parametrize("name", ["C3 with shortcuts", "SPPF", "upsample and concat",
                                   "bottleneck across a concat", "head of two levels"])  # fmt: skip
 def test_one_surviving_channel(name, rule):
-    """PRUNING.md section 5, item 3."""
+    """One index must not collapse to 0-d, where a cut raises or takes the wrong axis."""
     model = lively(spec_of(*BLOCKS[name]))
     found = find_channel_groups(model, rule)
     masks = random_masks(found, share=0)
@@ -160,7 +160,7 @@ def test_one_surviving_channel(name, rule):
 
 
 def test_a_layer_without_a_strong_channel_keeps_its_strongest(tiny_spec):
-    """PRUNING.md section 5, item 4: from the threshold to the cut."""
+    """From the threshold to the cut: no layer ends without a channel, and none stops the run."""
     model = lively(ModelSpec.from_dict(tiny_spec))
     with torch.no_grad():
         model.model.get_submodule("6.cv1").bn.weight.mul_(1e-6)
@@ -174,7 +174,7 @@ def test_a_layer_without_a_strong_channel_keeps_its_strongest(tiny_spec):
 
 @pytest.mark.parametrize("rule", SHORTCUT_RULES)
 def test_pruning_a_pruned_network(tiny_spec, rule):
-    """PRUNING.md section 5, item 6: shortcuts and ties are still seen."""
+    """Shortcuts and ties are still seen the second time."""
     slim = assert_proof(lively(ModelSpec.from_dict(tiny_spec)), rule)
     again = assert_proof(slim, rule, seed=1)
     assert sum(again.widths().values()) < sum(slim.widths().values())
@@ -196,7 +196,7 @@ def test_keeping_everything_is_a_copy(tiny_spec):
 
 
 def test_batch_norm_settings_and_counters_survive(tiny_spec):
-    """PRUNING.md section 5, item 12."""
+    """eps and momentum are not PyTorch's defaults; a rebuilt network must not fall back to them."""
     model = lively(ModelSpec.from_dict(tiny_spec))
     model.model[3].bn.eps, model.model[3].bn.momentum = 1e-5, 0.1
     slim = assert_proof(model, "keep")

@@ -92,7 +92,7 @@ def one_step(loss_scale, accumulate, rate):
 
 @pytest.mark.parametrize(("loss_scale", "accumulate"), [(65536.0, 1), (1.0, 4), (1024.0, 2)])
 def test_lambda_means_the_same_with_loss_scale_and_accumulation(loss_scale, accumulate):
-    """PRUNING.md section 5, item 1."""
+    """Added to scaled or accumulated gradients it would move gamma too little, or too much."""
     reference = one_step(1.0, 1, rate=0.05)
     torch.testing.assert_close(one_step(loss_scale, accumulate, rate=0.05), reference)
     pulled = one_step(1.0, 1, rate=0.0) - reference

@@ -93,8 +93,8 @@ def train_until(monkeypatch, epoch, flags):
     """Run train.py and end it right after it has saved this epoch, as a kill would."""
     save_epoch = train.save_epoch
 
-    def save_and_stop(run, current, result):
-        save_epoch(run, current, result)
+    def save_and_stop(run, current, *judgement):
+        save_epoch(run, current, *judgement)
         if current == epoch:
             raise Interrupted
 
@@ -264,6 +264,118 @@ def test_nan_loss_stops_before_the_step(base, tmp_path, monkeypatch):
         train.main([*base, "--epochs", "1"])
 
 
+def test_nosave_with_early_stopping_keeps_the_last_epoch(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.EvaluationResult, "fitness", property(lambda _: 0.5))
+    train.main([*base, "--epochs", "9", "--patience", "2", "--nosave"])
+    assert load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["epoch"] == 2
+
+
+def test_kill_between_two_files_leaves_the_best_in_place(base, tmp_path, monkeypatch):
+    """last.pt remembers the best fitness, so best.pt must be there before it."""
+    monkeypatch.setattr(train, "save_checkpoint", lambda *_: (_ for _ in ()).throw(Interrupted))
+    with pytest.raises(Interrupted):
+        train.main([*base, "--epochs", "2"])
+    assert load_checkpoint(tmp_path / "runs/exp/weights/best.pt")["epoch"] == 0
+
+
+def test_resume_refuses_what_is_not_an_interrupted_run(base, tmp_path, monkeypatch, shared_dir):
+    train_until(monkeypatch, 0, [*base, "--epochs", "2"])
+    run = tmp_path / "runs/exp"
+    copied = tmp_path / "elsewhere/last.pt"
+    copied.parent.mkdir()
+    copied.write_bytes((run / "weights/last.pt").read_bytes())
+    cases = {
+        copied: "not in its run folder",
+        run / "weights/best.pt": "not the last.pt of an unfinished run",
+        shared_dir / "weights/yolov5n.pt": "public YOLOv5 file",
+    }
+    for path, words in cases.items():
+        with pytest.raises(ValueError, match=words):
+            train.main(["--resume", str(path)])
+    assert not (tmp_path / "results.csv").exists()
+    train.main(["--resume", str(run)])  # the folder will do
+    assert load_checkpoint(run / "weights/last.pt")["epoch"] == 1
+
+
+def test_resume_refuses_other_classes(base, tmp_path, tiny_dataset, monkeypatch):
+    train_until(monkeypatch, 0, [*base, "--epochs", "2"])
+    text = tiny_dataset.yaml.read_text()
+    tiny_dataset.yaml.write_text(text.replace("nc: 3", "nc: 4").replace("bar]", "bar, rod]"))
+    with pytest.raises(ValueError, match=r"the run to resume has disc, box, bar$"):
+        train.main(["--resume", str(tmp_path / "runs/exp/weights/last.pt")])
+
+
+def test_bad_gradient_stops_before_the_step(tiny_spec):
+    """The loss can be finite where a gradient is not."""
+    run = build_step_run(tiny_spec, 1.0)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    run.model.model[0].conv.weight.grad[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="a gradient is nan in epoch 3"):
+        train.optimizer_step(run, epoch=3)
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_penalty_keeps_its_strength_beside_large_gradients(tiny_spec):
+    """It is added after clipping, which would shrink it with the gradients."""
+    run = build_step_run(tiny_spec, 1.0)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    name, norm = next(iter(run.penalty.batchnorms.items()))
+    num_values = sum(p.numel() for p in run.model.parameters())
+    clipped = train.MAX_GRADIENT_NORM / num_values**0.5
+    train.optimizer_step(run, epoch=0)
+    expected = torch.full_like(norm.weight, 1 - 0.1 * (clipped + 0.01))
+    torch.testing.assert_close(norm.weight.detach(), expected, msg=name)
+
+
+def test_anchors_asked_for_by_number_are_fitted(base, tmp_path, tiny_spec):
+    cfg = tmp_path / "count.yaml"
+    cfg.write_text(yaml.safe_dump({**tiny_spec, "anchors": 2}))
+    flags = [flag for flag in base if flag != "--noautoanchor"]
+    train.main([*flags, "--cfg", str(cfg), "--epochs", "1"])
+    anchors = load_detector(tmp_path / "runs/exp/weights/last.pt").model.head.anchors_px
+    assert anchors.shape == (2, 2, 2)
+    boxes = torch.tensor([[20, 20], [18, 24], [30, 8], [19, 19], [20, 20], [33, 9]])
+    ratio = anchors.reshape(1, -1, 2) / boxes[:, None]
+    assert torch.maximum(ratio, 1 / ratio).amax(-1).amin(1).max() < 1.5
+    with pytest.raises(ValueError, match="--noautoanchor forbids"):
+        train.main([*base, "--cfg", str(cfg), "--epochs", "1"])
+
+
+OTHER_FLAGS = {
+    "rect": ["--rect"],
+    "cache": ["--cache", "ram"],
+    "one class": ["--single-cls"],
+    "smoothing": ["--label-smoothing", "0.1"],
+    "Adam": ["--optimizer", "Adam"],
+    "bf16": ["--amp", "bf16"],
+}
+
+
+@pytest.mark.parametrize("case", OTHER_FLAGS)
+def test_flags_run_and_act(base, tmp_path, case):
+    plain, flagged = tmp_path / "runs/plain", tmp_path / "runs/flagged"
+    train.main([*base, "--epochs", "1", "--name", "plain"])
+    train.main([*base, "--epochs", "1", "--name", "flagged", *OTHER_FLAGS[case]])
+    same = results_of(plain) == results_of(flagged)
+    assert same == (case == "cache")  # a cache changes no result, all others do
+    if case == "one class":
+        assert load_detector(flagged / "weights/last.pt").names == ("object",)
+
+
+def test_exist_ok_writes_into_the_same_folder(base, tmp_path):
+    for _ in range(2):
+        train.main([*base, "--epochs", "1", "--exist-ok"])
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["exp"]
+
+
+def test_cfg_of_another_network_is_refused_when_fine_tuning(base, slim_weights):
+    path, _ = slim_weights
+    with pytest.raises(ValueError, match="not pruned from the network of --cfg yolov5n"):
+        train.main([*base, "--weights", str(path), "--ft_pruned_model", "--cfg", "yolov5n.yaml"])
+
+
 @pytest.mark.slow
 def test_two_processes_train_together(base, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -285,6 +397,7 @@ REFUSED = {
     "nothing to fine-tune": (["--ft_pruned_model"], "give --weights"),
     "resume with options": (["--resume", "x.pt"], "cannot be changed"),
     "epochs": (["--epochs", "0"], "--epochs is 0"),
+    "patience without validation": (["--noval", "--patience", "3"], "need the validation"),
     "rate not finite": (["--bn_sparsity", "--sparsity_rate", "nan"], "--sparsity-rate is nan"),
 }
 
@@ -305,7 +418,8 @@ def test_conflicts_are_refused_first(base, capsys, case):
         (["--cfg", "yolov5q.yaml"], FileNotFoundError, "yolov5q.yaml"),
         (["--weights", "none.pt"], FileNotFoundError, "none.pt"),
         (["--hyp", "hyp.none.yaml"], FileNotFoundError, "hyp.none"),
-        (["--freeze", "99"], ValueError, "row 98 does not exist"),
+        (["--freeze", "15"], ValueError, "expected a count below 15"),
+        (["--bn_sparsity", "--freeze", "14"], ValueError, "no layer"),
     ],
 )
 def test_what_is_not_there_is_named(base, flags, error, words):

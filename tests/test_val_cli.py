@@ -1,8 +1,10 @@
 import csv
 import json
+import runpy
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import yaml
 import val
 from models import Model, ModelSpec
 from utils.checkpoint import build_checkpoint, save_checkpoint
+from utils.coco_json import COCO_CATEGORY_IDS
 from utils.config import load_dataset_spec
 from utils.dataset import scan_split
 
@@ -55,6 +58,7 @@ def files_of(run_dir):
         (["--workers", "-1"], "--workers is -1"),
         (["--save-conf"], "--save-conf acts only with --save-txt"),
         (["--task", "speed", "--save-json"], "--save-json does not act with --task speed"),
+        (["--task", "study", "--img", "640"], "--imgsz does not act with --task study"),
         (["--task", "study", "--save-txt"], "--save-txt does not act with --task study"),
         (["--task", "play"], "invalid choice"),
         (["--weights", "a.pt", "b.pt"], "several --weights"),
@@ -179,9 +183,99 @@ def test_annotations_hold_the_labels(command, tmp_path):
     assert (first["width"], first["height"]) == (128, 96)
 
 
-def test_equal_file_names_do_not_overwrite_each_other(tmp_path):
-    files = val._text_files(["/x/one/a.jpg", "/x/two/a.jpg", "/x/two/b.jpg"], tmp_path)
-    assert [path.name for path in files.values()] == ["one_a.txt", "two_a.txt", "b.txt"]
+@pytest.mark.parametrize(
+    ("paths", "stems"),
+    [
+        ([], []),
+        (["/x/a.jpg"], ["a"]),
+        (["/x/one/a.jpg", "/x/two/a.jpg", "/x/two/b.jpg"], ["one_a", "two_a", "b"]),
+        (
+            ["/d1/images/train/x.jpg", "/d2/images/train/x.jpg", "/d1/images/train/x.png"],
+            ["d1_images_train_x", "d2_images_train_x", "d1_images_train_x_2"],
+        ),
+        (["/d/x.jpg", "/d/x.png", "/d/x_2.jpg"], ["x", "x_3", "x_2"]),
+        (["/d/a_b/x.jpg", "/d/a/b_x.jpg", "/d/a/b/x.jpg"], ["a_b_x", "b_x", "a_b_x_2"]),
+        (["/d/Cat.jpg", "/d/cat.png"], ["Cat", "cat_2"]),
+        (["a.jpg", "two/a.jpg"], ["a", "two_a"]),
+    ],
+)
+def test_equal_file_names_do_not_overwrite_each_other(tmp_path, paths, stems):
+    files = val._text_files(paths, tmp_path)
+    assert list(files) == paths
+    assert [path.parent for path in files.values()] == [tmp_path] * len(paths)
+    assert [path.stem for path in files.values()] == stems
+
+
+def test_many_equal_file_names_take_no_time(tmp_path):
+    paths = [f"/d/{number // 100}/{number % 100}.jpg" for number in range(20_000)]
+    start = time.perf_counter()
+    assert len(set(val._text_files(paths, tmp_path).values())) == 20_000
+    assert time.perf_counter() - start < 5
+
+
+def test_a_picture_never_ends_a_run(command, tmp_path, monkeypatch, caplog):
+    """Nor does it come before the figures."""
+    run_dir = tmp_path / "runs/exp"
+
+    def plot_batch(*_):
+        raise ValueError("no")
+
+    def plot_pr_curve(*_):
+        assert (run_dir / "predictions.json").is_file()
+        assert (run_dir / "results.json").is_file()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(val, "plot_batch", plot_batch)
+    monkeypatch.setattr(val, "plot_pr_curve", plot_pr_curve)
+    val.main([*command, "--save-json"])
+    assert caplog.text.count("the picture is missing: no\n") == 2
+    assert caplog.text.count("the picture is missing: disk full\n") == 1
+    assert (run_dir / "confusion_matrix.png").is_file()
+
+
+def test_results_of_coco_test_dev_can_be_submitted(tiny_spec, command, tmp_path, caplog):
+    """80 classes, images named by their number, no labels: COCO's numbers, and no score here."""
+    root = tmp_path / "coco"
+    images = root / "images/test2017"
+    images.mkdir(parents=True)
+    (root / "annotations").mkdir()
+    (root / "annotations/image_info_test-dev2017.json").write_text("{}")
+    source = next((tmp_path / "tiny/images/train").glob("*.jpg"))
+    shutil.copy(source, images / "000000000019.jpg")
+    names = [f"class {number}" for number in range(80)]
+    (root / "coco.yaml").write_text(
+        yaml.safe_dump({"path": str(root), "train": "x", "val": "x", "test": "images/test2017",
+                        "names": names})
+    )  # fmt: skip
+    model = Model(ModelSpec.from_dict({**tiny_spec, "nc": 80}))
+    save_checkpoint(tmp_path / "80.pt", build_checkpoint(model, names))
+    caplog.set_level("INFO")
+    val.main([*command, "--data", str(root / "coco.yaml"), "--weights", str(tmp_path / "80.pt"),
+              "--task", "test", "--save-json", "--conf", "0", "--noplots"])  # fmt: skip
+    found = json.loads((tmp_path / "runs/exp/predictions.json").read_text())
+    assert {row["image_id"] for row in found} == {19}
+    categories = {row["category_id"] for row in found}
+    assert categories <= set(COCO_CATEGORY_IDS)
+    assert max(categories) > 80
+    assert caplog.text.count("to be submitted; without labels there is nothing to score here") == 1
+    assert files_of(tmp_path / "runs/exp") == {"opt.yaml", "results.json", "predictions.json"}
+
+
+def test_too_little_memory_is_one_line_with_a_remedy(monkeypatch, pytestconfig):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr("utils.device.select_device", fail)
+    monkeypatch.setattr(sys, "argv", ["val.py"])
+    with pytest.raises(SystemExit, match=r"9 GiB; try a smaller --batch-size or --imgsz$"):
+        runpy.run_path(str(pytestconfig.rootpath / "val.py"), run_name="__main__")
+
+
+def test_other_class_names_are_said(command, tiny_dataset, caplog):
+    tiny_dataset.yaml.write_text(tiny_dataset.yaml.read_text().replace("bar", '"$rod\\t"'))
+    val.main(command)
+    assert "name their classes differently ('bar', '$rod" in caplog.text
+    assert "the picture is missing" not in caplog.text
 
 
 def test_single_cls(command, tmp_path):
@@ -208,7 +302,7 @@ def test_task_speed_reports_time_only(command, tmp_path, caplog):
 def test_task_study_sweeps_over_sizes(command, tmp_path, monkeypatch):
     assert list(val.STUDY_SIZES) == [256, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1408, 1536]
     monkeypatch.setattr(val, "STUDY_SIZES", (64, 96))
-    val.main([*command, "--task", "study"])
+    val.main([part for part in command if part not in ("--img", "96")] + ["--task", "study"])
     run_dir = tmp_path / "runs/exp"
     with (run_dir / "study.csv").open() as file:
         rows = list(csv.DictReader(file))

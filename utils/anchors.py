@@ -60,7 +60,7 @@ def fit_anchors(
     sample = usable if len(usable) <= 20000 else rng.choice(usable, 20000, replace=False)
     best = _mean_fit(sample, anchors, threshold)
     for _ in range(rounds):
-        factors = rng.normal(1, 0.1, anchors.shape) * rng.random() + (1 - rng.random())
+        factors = 1 + rng.random() * rng.normal(0, 0.1, anchors.shape)
         varied = np.maximum(anchors * np.clip(factors, 0.3, 3), 2)
         score = _mean_fit(sample, varied, threshold)
         if score > best:

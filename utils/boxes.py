@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Boxes = TypeVar("Boxes", np.ndarray, Tensor)
-IouKind = Literal["iou", "giou", "diou", "ciou"]
+IouKind = Literal["iou", "ciou"]
 
 _EPS = 1e-7  # keeps ratios, and their gradients, finite for degenerate boxes
 _TINY = 1e-12  # far below the area of any box, normalised ones included
@@ -108,19 +108,19 @@ def box_iou(boxes_a_xyxy: Boxes, boxes_b_xyxy: Boxes) -> Boxes:
 def paired_iou(
     boxes_a_cxcywh: Tensor, boxes_b_cxcywh: Tensor, kind: IouKind = "ciou", eps: float = _EPS
 ) -> Tensor:
-    """IoU (or GIoU, DIoU, CIoU) of row i of `a` with row i of `b`; differentiable.
+    """IoU or CIoU of row i of `a` with row i of `b`; differentiable.
 
     Args:
         boxes_a_cxcywh: [..., 4]; in float32 or better, as CIoU of half precision is too coarse.
         boxes_b_cxcywh: [..., 4], same shape and unit.
-        kind: `iou` in [0, 1]; the others also fall with distance, down to -1 (CIoU: -1.5).
+        kind: `iou` in [0, 1]; `ciou` also falls with distance and with the angle, down to -1.5.
         eps: added to denominators, in the unit of the boxes.
 
     Returns:
         [...]; 1 where the boxes coincide.
 
-    Reference: GIoU: Rezatofighi et al. 2019, arXiv:1902.09630, eq. 1; DIoU and CIoU: Zheng et al.
-    2020, arXiv:1911.08287, eqs. 7 to 11, with alpha treated as a constant as in section 3.3.
+    Reference: Zheng et al. 2020, arXiv:1911.08287, eqs. 7 to 11, with alpha treated as a constant
+    as in section 3.3.
     """
     w_a, h_a = boxes_a_cxcywh[..., 2], boxes_a_cxcywh[..., 3]
     w_b, h_b = boxes_b_cxcywh[..., 2], boxes_b_cxcywh[..., 3]
@@ -132,19 +132,12 @@ def paired_iou(
     iou = overlap / union
     if kind == "iou":
         return iou
+    if kind != "ciou":
+        raise ValueError(f"kind {kind!r} is not one of iou, ciou")
 
     hull_wh = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
-    if kind == "giou":
-        hull = hull_wh[..., 0] * hull_wh[..., 1] + eps
-        return iou - (hull - union) / hull
-
     rho2 = (boxes_a_cxcywh[..., :2] - boxes_b_cxcywh[..., :2]).square().sum(-1)
     diou = iou - rho2 / (hull_wh.square().sum(-1) + eps)
-    if kind == "diou":
-        return diou
-    if kind != "ciou":
-        raise ValueError(f"kind {kind!r} is not one of iou, giou, diou, ciou")
-
     angle_gap = torch.atan(w_b / (h_b + eps)) - torch.atan(w_a / (h_a + eps))
     v = 4 / math.pi**2 * angle_gap.square()
     with torch.no_grad():

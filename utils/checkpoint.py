@@ -4,10 +4,10 @@ A checkpoint is one dict:
     format, version     FORMAT and FORMAT_VERSION
     spec                `ModelSpec.to_dict()`, with widths if the network is pruned
     names               class names, in order
-    model               state dict: the weights to use (while training: the raw weights)
+    model               state dict: the weights to use; of a training run the averaged ones
     training            absent in final files; else all that a resumed run needs (see train.py)
     epoch, fitness, options, hyp
-                        where the weights come from
+                        where the weights come from; fitness as measured after this epoch
 Final files hold floating-point tensors in half precision.
 """
 
@@ -88,6 +88,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or not of this format.
     """
+    if not _is_plain(path):
+        raise ValueError(
+            f"{path}: holds pickled objects, so it is not a checkpoint of this toolkit; a public "
+            "YOLOv5 file can be given as --weights"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ class CocoIds(NamedTuple):
     images: dict[str, int]  # by path
     categories: tuple[int, ...]  # by class
     annotations: Path | None  # the data set's own annotation file; None: made from the labels
+    is_coco: bool  # numbered as COCO's server expects it
 
 
 class CocoScore(NamedTuple):
@@ -40,26 +42,34 @@ class CocoScore(NamedTuple):
 
 
 def number_for_coco(paths: Sequence[str], num_classes: int) -> CocoIds:
-    """Use COCO's own numbers if this is COCO with its annotation file, else count from 1.
+    """Use COCO's own numbers if this is COCO with an annotation file, else count from 1.
 
     COCO's images lie in `.../images/<split>/<image id>.jpg` and its annotations in
-    `.../annotations/instances_<split>.json`.
+    `.../annotations/instances_<split>.json`. The boxes of the test split are not public: instead
+    there is a list of its images, `image_info_test-dev2017.json`.
     """
-    annotations = _find_annotations(paths) if num_classes == len(COCO_CATEGORY_IDS) else None
-    if annotations is not None:
+    folder = _find_coco(paths) if num_classes == len(COCO_CATEGORY_IDS) else None
+    if folder is not None:
         images = {path: int(Path(path).stem) for path in paths}
-        return CocoIds(images, COCO_CATEGORY_IDS, annotations)
+        instances = folder / f"instances_{Path(paths[0]).parent.name}.json"
+        own = instances if instances.is_file() else None
+        return CocoIds(images, COCO_CATEGORY_IDS, own, is_coco=True)
     images = {path: number for number, path in enumerate(sorted(paths), start=1)}
-    return CocoIds(images, tuple(range(1, num_classes + 1)), None)
+    return CocoIds(images, tuple(range(1, num_classes + 1)), None, is_coco=False)
 
 
-def _find_annotations(paths: Sequence[str]) -> Path | None:
+def _find_coco(paths: Sequence[str]) -> Path | None:
+    """The folder of COCO's annotation files, if this is one of its splits and one is there."""
     folders = {Path(path).parent for path in paths}
     if len(folders) != 1 or not all(Path(path).stem.isdecimal() for path in paths):
         return None
-    folder = folders.pop()
-    file = folder.parent.parent / "annotations" / f"instances_{folder.name}.json"
-    return file if file.is_file() else None
+    split = folders.pop()
+    folder = split.parent.parent / "annotations"
+    if (folder / f"instances_{split.name}.json").is_file():
+        return folder
+    year = re.search(r"20\d\d$", split.name)  # a folder `train` may be of any data set
+    files = [file for kind in ("image_info", "instances") for file in folder.glob(f"{kind}_*.json")]
+    return folder if year and any(file.stem.endswith(year[0]) for file in files) else None
 
 
 def ground_truth_as_coco(

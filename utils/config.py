@@ -94,7 +94,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _locate(path: Path, key: str) -> str:
+def locate_key(path: Path, key: str) -> str:
     """`path:line` of a top-level key, or just the path when the key is not there."""
     with path.open("rb") as file:
         root = yaml.compose(file, Loader=_Loader)
@@ -160,13 +160,13 @@ class Hyperparameters:
     weight_decay: float = _bounded(0, 1)  # at the nominal batch of 64
     warmup_epochs: float = _bounded(0, 1000)  # epochs, fractions allowed
     warmup_momentum: float = _bounded(0, 1, high_open=True)  # momentum at step 0
-    warmup_bias_lr: float = _bounded(0, 10)  # learning rate of biases at step 0
+    warmup_bias_lr: float = _bounded(0, 10)  # learning rate of biases at step 0, with SGD only
     box: float = _bounded(0, 1000)  # gain of the box loss
     cls: float = _bounded(0, 1000)  # gain of the class loss, at 80 classes
     cls_pw: float = _bounded(0, 1000, low_open=True)  # weight of positives in the class loss
     obj: float = _bounded(0, 1000)  # gain of the objectness loss, at 640 px
     obj_pw: float = _bounded(0, 1000, low_open=True)  # weight of positives in objectness
-    iou_t: float = _bounded(0, 1)  # IoU training threshold of the original files, kept for them
+    iou_t: float = _bounded(0, 1)  # not used; kept so that existing files load
     anchor_t: float = _bounded(1, 100, low_open=True)  # largest side ratio anchor : box
     fl_gamma: float = _bounded(0, 10)  # focal loss exponent, 0 = plain cross entropy
     hsv_h: float = _bounded(0, 1)  # hue shift, +- share of the colour circle
@@ -228,7 +228,7 @@ def load_hyperparameters(path: str | Path) -> Hyperparameters:
     for key in values:
         if key not in known:
             hint = _nearest(str(key), known)
-            raise ValueError(f"{_locate(path, str(key))}: unknown hyperparameter {key!r}{hint}")
+            raise ValueError(f"{locate_key(path, str(key))}: unknown hyperparameter {key!r}{hint}")
     optional = ("label_smoothing", "anchors")
     missing = [name for name in known if name not in values and name not in optional]
     if missing:
@@ -238,11 +238,11 @@ def load_hyperparameters(path: str | Path) -> Hyperparameters:
             try:
                 _check_number(entry, values[entry.name])
             except ValueError as error:
-                raise ValueError(f"{_locate(path, entry.name)}: {error}") from error
+                raise ValueError(f"{locate_key(path, entry.name)}: {error}") from error
     try:
         return Hyperparameters(**values)
     except ValueError as error:  # only `anchors` is left to fail
-        raise ValueError(f"{_locate(path, 'anchors')}: {error}") from error
+        raise ValueError(f"{locate_key(path, 'anchors')}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------- data sets
@@ -295,8 +295,9 @@ def load_dataset_spec(path: str | Path, root: str | Path) -> DatasetSpec:
 
     Args:
         path: the yaml file.
-        root: the project folder. A relative `path` in the yaml is tried against it first, then
-            against the yaml's own folder; without `path`, so are the splits themselves.
+        root: the project folder. A relative `path` in the yaml is taken from it or from the yaml's
+            own folder, wherever more of the splits are (the former if that is equal); without
+            `path`, each split is tried at both.
 
     Raises:
         FileNotFoundError: there is no such yaml file. Missing images are not an error here, see
@@ -310,19 +311,21 @@ def load_dataset_spec(path: str | Path, root: str | Path) -> DatasetSpec:
             LOGGER.info("%s: key %r is not used", path, key)
         elif key not in DATASET_KEYS:
             hint = _nearest(str(key), DATASET_KEYS)
-            raise ValueError(f"{_locate(path, str(key))}: unknown key {key!r}{hint}")
+            raise ValueError(f"{locate_key(path, str(key))}: unknown key {key!r}{hint}")
     names = _parse_names(values, path)
+    entries = {split: _split_entries(values, split, path) for split in ("train", "val", "test")}
     bases = _base_folders(values.get("path"), path, Path(root))
+    has_one_place = bool(values.get("path"))
+    if has_one_place:
+        bases = _most_complete_first(bases, [one for listed in entries.values() for one in listed])
     tried: dict[Path, tuple[Path, ...]] = {}
     splits = {
-        split: tuple(
-            _resolve_split(entry, bases, tried) for entry in _split_entries(values, split, path)
-        )
-        for split in ("train", "val", "test")
+        split: tuple(_resolve_split(entry, bases, has_one_place, tried) for entry in listed)
+        for split, listed in entries.items()
     }
     download = values.get("download")
     if download is not None and not isinstance(download, str):
-        raise ValueError(f"{_locate(path, 'download')}: download must be a URL or a command")
+        raise ValueError(f"{locate_key(path, 'download')}: download must be a URL or a command")
     return DatasetSpec(
         source=path,
         root=bases[0],
@@ -336,13 +339,13 @@ def load_dataset_spec(path: str | Path, root: str | Path) -> DatasetSpec:
 def _parse_names(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     names, num_classes = values.get("names"), values.get("nc")
     if num_classes is not None and not (_is_integer(num_classes) and num_classes >= 1):
-        where = _locate(path, "nc")
+        where = locate_key(path, "nc")
         raise ValueError(f"{where}: nc = {num_classes!r}: expected a whole number from 1")
     if names is None and num_classes is None:
         raise ValueError(f"{path}: key 'names' is missing: the class names, as list or mapping")
     if names is None and num_classes is not None:
         names = [f"class{index}" for index in range(num_classes)]
-    where = _locate(path, "names")
+    where = locate_key(path, "names")
     if isinstance(names, dict):
         names = _names_from_mapping(names, where)
     if not isinstance(names, list) or not names:
@@ -371,15 +374,21 @@ def _names_from_mapping(names: Mapping[Any, Any], where: str) -> list[Any]:
 
 
 def _base_folders(folder: object, source: Path, root: Path) -> tuple[Path, ...]:
-    """Folders the splits may be relative to, best first."""
+    """Folders the splits may be relative to: of the project, of the yaml."""
     if folder is not None and not isinstance(folder, str):
-        raise ValueError(f"{_locate(source, 'path')}: path = {folder!r}: expected a folder")
+        raise ValueError(f"{locate_key(source, 'path')}: path = {folder!r}: expected a folder")
     relative = Path(folder or "").expanduser()
     bases = [_normal(root.absolute() / relative), _normal(source.parent / relative)]
-    bases = list(dict.fromkeys(bases))
-    if folder:  # the data set lies in the first of them that exists, and nowhere else
-        return tuple(base for base in bases if base.is_dir())[:1] or tuple(bases)
-    return tuple(bases)
+    return tuple(dict.fromkeys(bases))
+
+
+def _most_complete_first(bases: Sequence[Path], entries: Sequence[str]) -> tuple[Path, ...]:
+    """Sort folders by how many of the entries are there; equal ones keep their order."""
+
+    def completeness(base: Path) -> tuple[int, bool]:
+        return sum((base / Path(entry).expanduser()).exists() for entry in entries), base.is_dir()
+
+    return tuple(sorted(bases, key=completeness, reverse=True))
 
 
 def _split_entries(values: Mapping[str, Any], split: str, source: Path) -> list[str]:
@@ -388,15 +397,19 @@ def _split_entries(values: Mapping[str, Any], split: str, source: Path) -> list[
         return []
     entries = entries if isinstance(entries, list) else [entries]
     if not all(isinstance(entry, str) and entry for entry in entries):
-        where = _locate(source, split)
+        where = locate_key(source, split)
         raise ValueError(f"{where}: {split} must be a folder, a .txt list, or a list of those")
     return entries
 
 
-def _resolve_split(entry: str, bases: Sequence[Path], tried: dict[Path, tuple[Path, ...]]) -> Path:
+def _resolve_split(
+    entry: str, bases: Sequence[Path], only_first: bool, tried: dict[Path, tuple[Path, ...]]
+) -> Path:
+    """Where a split is, or would be; adds to `tried` where it might have been."""
     relative = Path(entry).expanduser()
     candidates = tuple(dict.fromkeys(_normal(base / relative) for base in bases))
-    chosen = next((path for path in candidates if path.exists()), candidates[0])
+    eligible = candidates[:1] if only_first else candidates
+    chosen = next((path for path in eligible if path.exists()), candidates[0])
     tried[chosen] = candidates
     return chosen
 

@@ -3,17 +3,18 @@
 `scan_split` (utils.scan) finds and checks the files; `DetectionDataset` turns one image and its
 labels into network input; `build_loader` batches them, in worker processes if asked. Every random
 draw depends on (seed, epoch, index) alone, so batches do not depend on the number of workers and
-any epoch can be repeated.
+any epoch can be repeated. What goes wrong in a worker process travels to the parent as data: only
+there it becomes one warning or one error.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -36,7 +37,7 @@ from utils.augment import (
 )
 from utils.boxes import Letterbox
 from utils.config import Hyperparameters
-from utils.image_cache import build_image_cache
+from utils.image_cache import build_image_cache, num_usable_cores
 from utils.image_files import read_image
 from utils.scan import ScanReport, Split, scan_split
 
@@ -57,7 +58,8 @@ LOGGER = logging.getLogger(__name__)
 
 # (epoch, index) of an image; a third number tells apart repeats of an image within an epoch.
 Key = int | tuple[int, int] | tuple[int, int, int]
-ImageWeights = np.ndarray | Callable[[], np.ndarray | None]
+
+NUM_PROBES = 16  # images looked at to tell one lost image from a lost drive
 
 # First word of every seed, so that no two kinds of draws share a stream.
 _ORDER_STREAM, _SAMPLE_STREAM = 1, 2
@@ -79,13 +81,15 @@ class Item(NamedTuple):
     targets: Tensor  # float32 [n, 5]: class, cx, cy, w, h normalised
     path: str
     letterbox: Letterbox
+    problems: tuple[tuple[str, str], ...] = ()  # path and what is wrong, of images shown as grey
 
 
 class DetectionDataset(Dataset[Item]):
     """Images of a split as network input, addressed by index or (epoch, index).
 
     With `hyp` the samples are augmented and their letterbox says nothing about the file; without,
-    the image is scaled so that its long side is `imgsz` and padded with grey.
+    the image is scaled so that its long side is `imgsz` and padded with grey. An image that can no
+    longer be read becomes a grey picture without objects, and the item says so in `problems`.
 
     Args:
         split: from `scan_split`.
@@ -98,9 +102,9 @@ class DetectionDataset(Dataset[Item]):
         pad: added to rectangular shapes, in strides (0.5 for evaluation).
         cache: `ram` or `disk` keeps decoded images.
         seed: of all random draws, from 0.
-        workers: threads that fill the cache.
 
     Raises:
+        FileNotFoundError: on access, if the whole folder or drive of the image has gone.
         ValueError: `imgsz` is no multiple of the stride, or an argument is out of range.
     """
 
@@ -116,7 +120,6 @@ class DetectionDataset(Dataset[Item]):
         pad: float = 0.0,
         cache: Literal["ram", "disk"] | None = None,
         seed: int = 0,
-        workers: int = 8,
     ) -> None:
         if imgsz < stride or imgsz % stride:
             raise ValueError(f"imgsz {imgsz} is no multiple of the stride {stride}")
@@ -124,7 +127,7 @@ class DetectionDataset(Dataset[Item]):
             raise ValueError(f"seed {seed} must be 0 or more, batch size {batch_size} 1 or more")
         self.split, self.imgsz, self.hyp, self.seed = split, imgsz, hyp, seed
         self.rect, self.batch_size = rect, batch_size
-        self._grey_images: set[int] = set()
+        self._problems: dict[int, str] = {}  # of the images behind the current item
         self.input_shapes_hw = np.full((len(split), 2), imgsz, np.int64)
         self.rect_batches: list[np.ndarray] = []
         if rect:
@@ -138,7 +141,7 @@ class DetectionDataset(Dataset[Item]):
         self._cache = None
         if cache:
             self._cache = build_image_cache(
-                cache, split.paths, self._resized_hw(), self._load_whole, self._variant(), workers
+                cache, split.paths, self._resized_hw(), self._load_whole, self._variant()
             )
 
     def __len__(self) -> int:
@@ -148,6 +151,7 @@ class DetectionDataset(Dataset[Item]):
         epoch, index, repeat = _full_key(key)
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
+        self._problems.clear()
         if self.hyp is None:
             sample, placement = self._plain(index)
         else:
@@ -155,9 +159,12 @@ class DetectionDataset(Dataset[Item]):
             sample = self._augmented(index, self.hyp, rng)
             placement = Letterbox(sample.hw, (1.0, 1.0), (0.0, 0.0))
         image = np.ascontiguousarray(sample.image[..., ::-1].transpose(2, 0, 1))
-        targets = _normalised_targets(sample)
         return Item(
-            torch.from_numpy(image), torch.from_numpy(targets), self.split.paths[index], placement
+            image=torch.from_numpy(image),
+            targets=torch.from_numpy(_normalised_targets(sample)),
+            path=self.split.paths[index],
+            letterbox=placement,
+            problems=tuple((self.split.paths[bad], what) for bad, what in self._problems.items()),
         )
 
     # ------------------------------------------------------------------------------ loading
@@ -174,18 +181,25 @@ class DetectionDataset(Dataset[Item]):
         try:
             image = read_image(path)
         except OSError as error:
-            if not os.path.exists(path):  # noqa: PTH110 (hot path)
-                raise
-            # Damage inside the pixels, which the scan cannot see, must not end a long run.
-            LOGGER.warning("used as an empty picture: %s", error)
-            self._grey_images.add(index)
+            # One damaged or deleted image must not end a long run, a lost drive must.
+            self._check_others_are_there(path)
+            self._problems[index] = _describe(error, path)
             return np.full((*self._resized_hw()[index], 3), GREY, np.uint8)
         return resize_long_side(image, self.imgsz, smooth=self.hyp is None)
+
+    def _check_others_are_there(self, path: str) -> None:
+        folder, paths = Path(path).parent, self.split.paths
+        probes = np.linspace(0, len(paths) - 1, NUM_PROBES).astype(int).tolist()
+        if not folder.is_dir() or not any(_can_be_read(paths[probe]) for probe in probes):
+            raise FileNotFoundError(
+                f"{folder}: the images that the scan found there have gone, for example"
+                f" {Path(path).name}; put the folder back or connect its drive, and run again"
+            )
 
     def _load_whole(self, index: int) -> np.ndarray | None:
         """What may be cached: not the substitute for a damaged image."""
         image = self._load(index)
-        return None if index in self._grey_images else image
+        return None if index in self._problems else image
 
     def _sample(self, index: int) -> Sample:
         """One image, long side = imgsz, with its objects in pixels."""
@@ -194,7 +208,7 @@ class DetectionDataset(Dataset[Item]):
         height, width = image.shape[:2]
         rows = self.split.labels[index]
         segments = self.split.segments[index]
-        if index in self._grey_images:
+        if index in self._problems:
             rows, segments = rows[:0], []
         scale = np.array([width, height], np.float32)
         centres, halves = rows[:, 1:3] * scale, rows[:, 3:5] * scale / 2
@@ -245,6 +259,18 @@ class DetectionDataset(Dataset[Item]):
         return warp(canvas, draw_warp(canvas.hw, shape_hw, hyp, rng), shape_hw)
 
 
+def _can_be_read(path: str) -> bool:
+    try:
+        with Path(path).open("rb") as file:
+            return bool(file.read(1))
+    except OSError:
+        return False
+
+
+def _describe(error: OSError, path: str) -> str:
+    return f"{path}: {error.strerror}" if error.strerror else str(error)
+
+
 def rect_shape_hw(shapes_hw: np.ndarray, imgsz: int, stride: int, pad: float) -> tuple[int, int]:
     """Input shape for a batch of images [n, 2]: the long side `imgsz`, plus `pad` strides."""
     aspects = shapes_hw[:, 0] / shapes_hw[:, 1]
@@ -288,6 +314,37 @@ def collate(items: Sequence[Item]) -> Batch:
     )
 
 
+class _Delivery(NamedTuple):
+    """What a worker sends for one batch."""
+
+    batch: Batch | None
+    problems: dict[str, str]  # by path
+    error: OSError | None  # why there is no batch
+
+
+class _Courier(Dataset[Item | OSError]):
+    """Hands out errors instead of raising them.
+
+    An error raised in a worker would reach the user as two tracebacks within a message.
+    """
+
+    def __init__(self, dataset: DetectionDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: Key) -> Item | OSError:
+        try:
+            return self.dataset[key]
+        except OSError as error:
+            return error
+
+
+def _pack(results: Sequence[Item | OSError]) -> _Delivery:
+    items = [result for result in results if isinstance(result, Item)]
+    problems = {path: what for item in items for path, what in item.problems}
+    error = next((result for result in results if isinstance(result, OSError)), None)
+    return _Delivery(None if error else collate(items), problems, error)
+
+
 class EpochBatchSampler(Sampler[list[Key]]):
     """Batches of keys for one epoch, a function of (seed, epoch) alone.
 
@@ -303,12 +360,12 @@ class EpochBatchSampler(Sampler[list[Key]]):
         *,
         shuffle: bool,
         seed: int,
-        image_weights: ImageWeights | None,
         rank: int,
         world_size: int,
     ) -> None:
         self.dataset, self.batch_size, self.shuffle, self.seed = dataset, batch_size, shuffle, seed
-        self.image_weights, self.rank, self.world_size = image_weights, rank, world_size
+        self.rank, self.world_size = rank, world_size
+        self.image_weights: np.ndarray | None = None
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -340,11 +397,10 @@ class EpochBatchSampler(Sampler[list[Key]]):
     def _keys(self, rng: np.random.Generator) -> list[Key]:
         """Keys of all ranks together, in order."""
         num_images = len(self.dataset)
-        weights = self.image_weights() if callable(self.image_weights) else self.image_weights
-        if weights is None:
+        if self.image_weights is None:
             order = rng.permutation(num_images) if self.shuffle else np.arange(num_images)
             return [(self.epoch, index) for index in order.tolist()]
-        probabilities = _probabilities(weights, num_images)
+        probabilities = _probabilities(self.image_weights, num_images)
         drawn = rng.choice(num_images, num_images, p=probabilities).tolist()
         seen: dict[int, int] = {}
         keys: list[Key] = []
@@ -355,29 +411,55 @@ class EpochBatchSampler(Sampler[list[Key]]):
 
 
 def _probabilities(weights: np.ndarray, num_images: int) -> np.ndarray:
-    weights = np.asarray(weights, np.float64)
-    is_valid = (
-        weights.shape == (num_images,) and np.isfinite(weights).all() and (weights >= 0).all()
-    )
-    if not is_valid:
-        raise ValueError(f"image weights must be {num_images} finite numbers from 0")
     if not weights.sum():
         return np.full(num_images, 1 / num_images)
     return weights / weights.sum()
 
 
-class Loader(DataLoader[Item]):
-    """A loader that yields `Batch` and can be set to any epoch before it is iterated."""
+class Loader(DataLoader[Any]):
+    """A loader that yields `Batch` and can be set to any epoch before it is iterated.
+
+    Images that cannot be read are named in one warning each and kept in `unreadable`, over all
+    epochs. An `OSError` of the data set is raised as it is, whatever process it comes from.
+    """
 
     batch_sampler: EpochBatchSampler
+
+    def __init__(self, dataset: DetectionDataset, **arguments: Any) -> None:
+        super().__init__(_Courier(dataset), collate_fn=_pack, **arguments)
+        self.unreadable: dict[str, str] = {}  # path: what is wrong
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for delivery in super().__iter__():
+            for path, problem in delivery.problems.items():
+                if path not in self.unreadable:
+                    self.unreadable[path] = problem
+                    count = len(self.unreadable)
+                    LOGGER.warning("used as an empty picture (%d so far): %s", count, problem)
+            if delivery.error is not None:
+                raise delivery.error
+            yield delivery.batch
 
     def set_epoch(self, epoch: int) -> None:
         """Choose order and augmentation of the next iteration."""
         self.batch_sampler.epoch = epoch
 
-    def set_image_weights(self, weights: ImageWeights | None) -> None:
-        """Draw images in proportion to weights [N] from the next iteration on."""
-        _check_weights_can_act(self.batch_sampler.dataset, weights)
+    def set_image_weights(self, weights: np.ndarray | None) -> None:
+        """Draw images in proportion to weights [N], from 0, with replacement; None: each once.
+
+        Acts from the next iteration on.
+
+        Raises:
+            ValueError: the weights do not fit the images, or the batches are rectangular.
+        """
+        dataset = self.batch_sampler.dataset
+        if weights is not None:
+            if dataset.rect:
+                raise ValueError("rectangular batches have fixed members: weights cannot act")
+            weights = np.asarray(weights, np.float64)
+            is_valid = weights.shape == (len(dataset),) and np.isfinite(weights).all()
+            if not is_valid or (weights < 0).any():
+                raise ValueError(f"image weights must be {len(dataset)} finite numbers from 0")
         self.batch_sampler.image_weights = weights
 
 
@@ -388,7 +470,6 @@ def build_loader(
     workers: int = 0,
     shuffle: bool = False,
     seed: int = 0,
-    image_weights: ImageWeights | None = None,
     rank: int = -1,
     world_size: int = 1,
     pin_memory: bool | None = None,
@@ -402,8 +483,6 @@ def build_loader(
             as long as the loader.
         shuffle: random order, another one each epoch. Rectangular batches are shuffled as wholes.
         seed: of the order.
-        image_weights: [N], from 0: draw images in proportion, with replacement. A function is
-            asked at the start of each epoch and may return None for an even draw.
         rank: this process among `world_size`; -1 means there is only one.
         world_size: number of processes.
         pin_memory: page-locked batches; None means where CUDA is available.
@@ -417,41 +496,27 @@ def build_loader(
         raise ValueError(
             f"rectangular batches were made for batch size {dataset.batch_size}, not {batch_size}"
         )
-    _check_weights_can_act(dataset, image_weights)
     sampler = EpochBatchSampler(
         dataset,
         batch_size,
         shuffle=shuffle,
         seed=seed,
-        image_weights=image_weights,
         rank=max(rank, 0),
         world_size=world_size,
     )
-    workers = min(workers, _num_usable_cores(), len(sampler))
+    workers = min(workers, num_usable_cores(), len(sampler))
     if pin_memory is None:
         pin_memory = torch.cuda.is_available()
     return Loader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
         # Forked workers share the images cached in memory instead of copying them.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-
-
-def _check_weights_can_act(dataset: DetectionDataset, weights: ImageWeights | None) -> None:
-    if dataset.rect and weights is not None:
-        raise ValueError("rectangular batches have fixed members: image weights cannot act")
-
-
-def _num_usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _start_worker(_: int) -> None:

@@ -6,11 +6,10 @@ never before; until then it is `NAME.part`.
 
 from __future__ import annotations
 
-import contextlib
+import filecmp
 import hashlib
 import http.client
 import logging
-import os
 import shlex
 import shutil
 import subprocess
@@ -26,7 +25,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO
 from urllib.parse import unquote, urlsplit
 
-from utils.config import DatasetSpec
+from utils.atomic import atomic_write
+from utils.config import DatasetSpec, locate_key
 
 LOGGER = logging.getLogger(__name__)
 
@@ -306,8 +306,9 @@ def ensure_dataset(
 ) -> None:
     """Get a data set that is not there, if its yaml says how; otherwise do nothing.
 
-    A URL is fetched and unpacked into the folder of the data set. A command runs in the project
-    folder, and only if the yaml ships with the project (lies in `data/`) or the user allows it.
+    A URL is fetched and unpacked into the folder of the data set, where it replaces nothing. A
+    command runs in the project folder, and only if the yaml ships with the project (lies in
+    `data/`) or the user allows it.
 
     Args:
         spec: from `load_dataset_spec`.
@@ -318,8 +319,9 @@ def ensure_dataset(
     Raises:
         PermissionError: a command is needed that may not run.
         FileNotFoundError: there is no `download`, or afterwards the images are still not there.
+        FileExistsError: a file that is there differs from that of the archive.
         OSError: from `download`; or the command failed.
-        ValueError: from `unpack`.
+        ValueError: from `unpack`; the data set has no folder of its own; `download` is no command.
     """
     splits = [split for split in splits if getattr(spec, split)]
     if not spec.missing(splits):
@@ -327,14 +329,19 @@ def ensure_dataset(
     if not spec.download:
         spec.check_exists(splits)
     elif urlsplit(spec.download).scheme in ("http", "https"):
-        _fetch_dataset(spec, splits)
+        _fetch_dataset(spec, splits, root)
     else:
         _run_download_command(spec, allow_scripts, root)
     spec.check_exists(splits)
 
 
-def _fetch_dataset(spec: DatasetSpec, splits: Sequence[str]) -> None:
+def _fetch_dataset(spec: DatasetSpec, splits: Sequence[str], root: Path) -> None:
     url = spec.download or ""
+    if root.resolve().is_relative_to(spec.root.resolve()):
+        raise ValueError(
+            f"{spec.source}: images are missing, and {url} would be unpacked into {spec.root},"
+            " among the files of this project; give the data set a folder of its own with 'path:'"
+        )
     name = PurePosixPath(unquote(urlsplit(url).path)).name or "dataset"
     LOGGER.info("%s: images are missing; fetching %s into %s", spec.source, url, spec.root)
     spec.root.parent.mkdir(parents=True, exist_ok=True)
@@ -342,6 +349,7 @@ def _fetch_dataset(spec: DatasetSpec, splits: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(dir=spec.root.parent, prefix=".unpack-") as temporary:
         unpack(archive, temporary)
         content = _content_folder(Path(temporary), spec, splits)
+        _check_places(content, spec.root)
         _move_into(content, spec.root)
     archive.unlink()
 
@@ -356,9 +364,15 @@ def _content_folder(unpacked: Path, spec: DatasetSpec, splits: Sequence[str]) ->
         for path in spec.missing(splits)
         if path.is_relative_to(spec.root)
     ]
+    if not wanted:
+        missing = ", ".join(map(str, spec.missing(splits)))
+        raise FileNotFoundError(
+            f"{spec.source}: {missing} is not there, and no archive can put it there: it lies"
+            f" outside of 'path', which is {spec.root}"
+        )
     folder = unpacked
     while True:
-        if wanted and all((folder / path).exists() for path in wanted):
+        if all((folder / path).exists() for path in wanted):
             return folder
         children = [child for child in folder.iterdir() if not child.name.startswith((".", "__"))]
         if len(children) != 1 or not children[0].is_dir():
@@ -370,6 +384,21 @@ def _content_folder(unpacked: Path, spec: DatasetSpec, splits: Sequence[str]) ->
         folder = children[0]
 
 
+def _check_places(source: Path, target: Path) -> None:
+    """Stop if moving a folder into another would replace anything but a file by its equal."""
+    for child in sorted(source.iterdir()):
+        place = target / child.name
+        if child.is_dir() and place.is_dir():
+            _check_places(child, place)
+        elif place.is_symlink() or place.exists():
+            are_files = child.is_file() and place.is_file()
+            if not (are_files and filecmp.cmp(child, place, shallow=False)):
+                raise FileExistsError(
+                    f"{place}: differs from what the archive holds under this name, so nothing was"
+                    " unpacked; move it away and run again"
+                )
+
+
 def _move_into(source: Path, target: Path) -> None:
     """Move the content of a folder into another, which may hold some of it already."""
     target.mkdir(parents=True, exist_ok=True)
@@ -377,30 +406,59 @@ def _move_into(source: Path, target: Path) -> None:
         place = target / child.name
         if child.is_dir() and place.is_dir():
             _move_into(child, place)
-        else:
-            child.replace(place)
+        elif not place.exists():
+            child.rename(place)
 
 
 def _run_download_command(spec: DatasetSpec, allow_scripts: bool, root: Path) -> None:
     command = spec.download or ""
+    words = _command_words(spec)
     is_shipped = spec.source.resolve().parent == (root / "data").resolve()
     if not (is_shipped or allow_scripts):
         raise PermissionError(
             f"{spec.source}: images are missing, and its download is the command {command!r}."
             " It may do anything: run it yourself, or allow it with --allow-download-scripts"
         )
-    words = shlex.split(command)
-    if words[0] in ("python", "python3"):
-        words[0] = sys.executable
     LOGGER.info("%s: images are missing; running %s in %s", spec.source, command, root)
     try:
-        subprocess.run(words, cwd=root, check=True)
+        status, last_line = _run_aloud(words, root)
     except OSError as error:
         raise OSError(f"{spec.source}: cannot run {command!r}: {error.strerror}") from error
-    except subprocess.CalledProcessError as error:
-        raise OSError(
-            f"{spec.source}: {command!r} failed with status {error.returncode}"
+    if status:
+        reason = f": {last_line.removeprefix('error: ')}" if last_line else ""
+        raise OSError(f"{spec.source}: {command!r} failed with status {status}{reason}")
+
+
+def _command_words(spec: DatasetSpec) -> list[str]:
+    """The words of the `download` command; `python` is the interpreter that runs now."""
+    command = spec.download or ""
+    try:
+        if "\n" in command:
+            raise ValueError("several lines")
+        words = shlex.split(command)
+    except ValueError as error:
+        where = locate_key(spec.source, "download")
+        what = f"{command[:60]!r}{'...' if len(command) > 60 else ''}"
+        raise ValueError(
+            f"{where}: download must be a URL or one command line, got {what}: {error}"
         ) from error
+    return [sys.executable, *words[1:]] if words[0] in ("python", "python3") else words
+
+
+def _run_aloud(words: Sequence[str], folder: Path) -> tuple[int, str]:
+    """Run a command, passing on what it says; returns its status and its last line on stderr."""
+    tail = b""
+    with subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE) as process:
+        try:
+            while process.stderr and (chunk := process.stderr.read1()):  # type: ignore[attr-defined]
+                sys.stderr.write(chunk.decode(errors="replace"))
+                sys.stderr.flush()
+                tail = (tail + chunk)[-4096:]
+        except BaseException:
+            process.kill()
+            raise
+    lines = tail.decode(errors="replace").split("\n")
+    return process.returncode, next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 # ----------------------------------------------------------------------------------------- weights
@@ -476,10 +534,5 @@ def record_checksum(path: str | Path, name: str, sha256: str) -> None:
     path = Path(path)
     checksums = read_checksums(path) | {name: sha256}
     lines = [f"{value}  {key}\n" for key, value in sorted(checksums.items())]
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+    with atomic_write(path) as file:
+        file.write("".join(lines).encode())

@@ -7,8 +7,9 @@ image, AP interpolated over 101 recalls.
 from __future__ import annotations
 
 import copy
+import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,8 @@ from utils.metrics import (
 )
 from utils.nms import non_max_suppression
 from utils.profile import synchronize
+
+LOGGER = logging.getLogger(__name__)
 
 LossFunction = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
 BatchHook = Callable[[Batch, list[Tensor]], None]
@@ -62,6 +65,35 @@ class EvaluationResult:
     def fitness(self) -> float:
         """The figure by which epochs are compared."""
         return fitness(self.map50, self.map50_95)
+
+
+def check_class_names(
+    trained: Sequence[str], labelled: Sequence[str], weights: str, data: str
+) -> None:
+    """Stop if a network and a data set have not as many classes; warn if they name them otherwise.
+
+    Args:
+        trained: class names of the network.
+        labelled: class names of the data set.
+        weights: where the network is from, for the messages.
+        data: where the data set is from.
+
+    Raises:
+        ValueError: their numbers differ.
+    """
+    if len(trained) != len(labelled):
+        raise ValueError(
+            f"{weights} detects {len(trained)} classes, {data} names {len(labelled)}; give the "
+            "data set it was trained for, or --single-cls"
+        )
+    for theirs, ours in zip(trained, labelled, strict=True):
+        if theirs != ours:
+            LOGGER.warning(
+                "warning: %s and %s name their classes differently (%r, %r); the order counts, "
+                "names do not",
+                weights, data, theirs, ours,
+            )  # fmt: skip
+            return
 
 
 class _Stopwatch:

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
+from utils.atomic import atomic_write
+
 LOGGER = logging.getLogger(__name__)
 
 MEMORY_SHARE = 0.8  # of the memory that is available now; the rest is for the training itself
@@ -32,7 +34,6 @@ def build_image_cache(
     resized_hw: np.ndarray,
     load: Callable[[int], np.ndarray | None],
     variant: str,
-    workers: int = 8,
 ) -> ImageCache | None:
     """Fill a cache, saying its size first.
 
@@ -42,7 +43,6 @@ def build_image_cache(
         resized_hw: int [N, 2], the size each will have once loaded.
         load: decodes and resizes one image; None for one that is damaged.
         variant: tells apart ways of resizing, for file names.
-        workers: threads that decode.
 
     Returns:
         None where there is not enough room or the place cannot be written; the log says so.
@@ -53,8 +53,8 @@ def build_image_cache(
     if kind not in ("ram", "disk"):
         raise ValueError(f"cache {kind!r}: expected ram or disk")
     if kind == "ram":
-        return RamCache.fill(resized_hw, load, workers)
-    return DiskCache.fill(paths, resized_hw, load, variant, workers)
+        return RamCache.fill(resized_hw, load)
+    return DiskCache.fill(paths, resized_hw, load, variant)
 
 
 # ------------------------------------------------------------------------------------------ memory
@@ -70,7 +70,7 @@ class RamCache:
 
     @classmethod
     def fill(
-        cls, resized_hw: np.ndarray, load: Callable[[int], np.ndarray | None], workers: int
+        cls, resized_hw: np.ndarray, load: Callable[[int], np.ndarray | None]
     ) -> RamCache | None:
         """Decode everything; None if it does not fit."""
         needed, free = int(resized_hw.prod(1).sum()) * 3, available_memory()
@@ -91,7 +91,7 @@ class RamCache:
                 cache._block(index)[...] = image
                 cache.filled[index] = True
 
-        _for_each(keep, len(resized_hw), workers)
+        _for_each(keep, len(resized_hw))
         return cache
 
     def _block(self, index: int) -> np.ndarray:
@@ -152,7 +152,6 @@ class DiskCache:
         resized_hw: np.ndarray,
         load: Callable[[int], np.ndarray | None],
         variant: str,
-        workers: int,
     ) -> DiskCache | None:
         """Write what is not there yet; None if it does not fit or cannot be written."""
         try:
@@ -164,9 +163,10 @@ class DiskCache:
             def keep(position: int) -> None:
                 image = load(todo[position])
                 if image is not None:
-                    _write(files[todo[position]], image)
+                    with atomic_write(files[todo[position]]) as stream:
+                        np.save(stream, image, allow_pickle=False)
 
-            _for_each(keep, len(todo), workers)
+            _for_each(keep, len(todo))
         except OSError as error:
             LOGGER.warning("no image cache: %s", error)
             return None
@@ -232,20 +232,17 @@ def _remove_outdated(files: Sequence[Path], folders: set[Path]) -> None:
                 old.unlink(missing_ok=True)
 
 
-def _write(file: Path, image: np.ndarray) -> None:
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            np.save(stream, image, allow_pickle=False)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _for_each(action: Callable[[int], None], count: int, workers: int) -> None:
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
+def _for_each(action: Callable[[int], None], count: int) -> None:
+    with ThreadPoolExecutor(num_usable_cores()) as pool:
         for _ in pool.map(action, range(count)):
             pass
+
+
+def num_usable_cores() -> int:
+    """CPU cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _gigabytes(num_bytes: float) -> str:

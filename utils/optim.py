@@ -168,12 +168,15 @@ def frozen_rows(values: list[int], num_rows: int) -> set[int]:
     """Rows that `--freeze` means: one number is a count from the front, several are row numbers.
 
     Raises:
-        ValueError: a row does not exist.
+        ValueError: a row does not exist, or none would be left to train.
     """
     rows = set(range(values[0])) if len(values) == 1 else set(values)
-    wrong = [row for row in rows if not 0 <= row < num_rows]
-    if wrong:
-        raise ValueError(f"--freeze: row {max(wrong)} does not exist, the network has {num_rows}")
+    if min(values) < 0 or any(row >= num_rows for row in rows) or len(rows) == num_rows:
+        text = " ".join(map(str, values))
+        raise ValueError(
+            f"--freeze {text}: expected a count below {num_rows}, or several row numbers from 0 to "
+            f"{num_rows - 1} that leave a row to train"
+        )
     return rows
 
 

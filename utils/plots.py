@@ -5,12 +5,13 @@ display needed. Boxes on images are drawn with Pillow, which matplotlib brings a
 """
 
 import colorsys
+import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import matplotlib
 import numpy as np
@@ -23,8 +24,41 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.run_dir import read_results
 
+LOGGER = logging.getLogger(__name__)
+Parameters = ParamSpec("Parameters")
+
 _NAMED_CLASSES = 20  # up to here a legend or a number per cell can still be read
 _GREY = "0.75"
+_MANY_BOXES = 12  # of more in an image, names and frames are drawn finer
+_LONGEST_NAME = 48  # characters of a class name
+
+
+def draw(
+    function: Callable[Parameters, None], *args: Parameters.args, **kwargs: Parameters.kwargs
+) -> None:
+    """Call a function that draws; a failure is a warning, as no picture is worth a run."""
+    try:
+        function(*args, **kwargs)
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        LOGGER.warning("warning: %s failed, the picture is missing: %s", function.__name__, reason)
+
+
+def _printable(text: str) -> str:
+    """Text in one line; what has no glyph of its own (control characters) becomes a mark."""
+    marks = ("�", " ")
+    return "".join(char if char.isprintable() else marks[char.isspace()] for char in text)
+
+
+def _literal(text: str) -> str:
+    """Text for matplotlib, shown as it is: `$` would start a formula, `_` hide it in a legend."""
+    text = _printable(text).replace("$", r"\$")
+    return "\u200b" + text if text.startswith("_") else text
+
+
+def _class_name(name: str) -> str:
+    """A class name for matplotlib, short enough to leave room for the picture."""
+    return _literal(name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…")
 
 
 def class_colour(cls: int) -> tuple[int, int, int]:
@@ -184,6 +218,7 @@ def _label_classes(axis: Axes, which: str, names: Sequence[str]) -> None:
     """Class names at the ticks 0, 1, 2 ... of the axis; numbers alone above 120 classes."""
     if len(names) > 120:
         return
+    names = [_class_name(name) for name in names]
     few = len(names) <= _NAMED_CLASSES
     style: dict[str, Any] = {"fontsize": 9 if few else 6.5}
     if which == "x":
@@ -265,7 +300,7 @@ def plot_batch(
         tile = Image.fromarray(tiles[index]).resize(tile_wh, Image.Resampling.BILINEAR)
         kept = per_image[index][per_image[index][:, 4] >= min_conf]
         _draw_boxes(tile, kept * [scale, scale, scale, scale, 1, 1], names)
-        _draw_caption(tile, Path(paths[index]).name)
+        _draw_caption(tile, _printable(Path(paths[index]).name))
         corner = index % num_columns * tile_wh[0], index // num_columns * tile_wh[1]
         canvas.paste(tile, corner)
     canvas.save(out)
@@ -295,14 +330,20 @@ def _font_size(tile: Image.Image) -> int:
 
 
 def _draw_boxes(tile: Image.Image, boxes: np.ndarray, names: Sequence[str]) -> None:
-    """Frames first, then the labels, so that no frame runs through a label."""
-    draw, font = ImageDraw.Draw(tile), _font(_font_size(tile))
-    line_width = max(2, round(tile.width / 240))
+    """Frames first, then the labels, so that no frame runs through a label.
+
+    What is surer, and of labels what is smaller, lies on top.
+    """
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    boxes = boxes[np.lexsort((-areas, boxes[:, 4]))]
+    crowded = len(boxes) > _MANY_BOXES
+    draw, font = ImageDraw.Draw(tile), _font(_font_size(tile) - 3 * crowded)
+    line_width = max(2 - crowded, round(tile.width / 240))
     for x1, y1, x2, y2, _, cls in boxes:
         corners = (x1, y1, max(x2, x1 + 1), max(y2, y1 + 1))
         draw.rectangle(corners, outline=class_colour(int(cls)), width=line_width)
     for x1, y1, _, _, confidence, cls in boxes:
-        name = names[int(cls)] if int(cls) < len(names) else str(int(cls))
+        name = _printable(names[int(cls)]) if int(cls) < len(names) else str(int(cls))
         text = name if math.isinf(confidence) else f"{name} {confidence:.2f}"
         _draw_text(draw, (x1, y1), text, font, class_colour(int(cls)), tile.size)
 
@@ -331,7 +372,7 @@ def _draw_caption(tile: Image.Image, text: str) -> None:
     draw, font = ImageDraw.Draw(tile), _font(_font_size(tile))
     while len(text) > 8 and font.getlength(text) > tile.width - 8:
         text = "…" + text[2:]
-    height = _font_size(tile) + 6
+    height = _font_size(tile) + 9  # the frame covers the last two rows
     draw.rectangle((0, tile.height - height, font.getlength(text) + 8, tile.height), fill=(0, 0, 0))
     draw.text((4, tile.height - height + 2), text, fill=(255, 255, 255), font=font)
     draw.rectangle((0, 0, tile.width - 1, tile.height - 1), outline=(255, 255, 255), width=2)
@@ -358,7 +399,7 @@ def plot_pr_curve(
     """
     ap50 = _as_numpy(ap50)
     mean = f"all classes, mAP@.5 {ap50.mean():.3f}" if len(ap50) else ""
-    labels = [f"{name} {ap:.3f}" for name, ap in zip(names, ap50, strict=True)]
+    labels = [f"{_class_name(name)} {ap:.3f}" for name, ap in zip(names, ap50, strict=True)]
     _plot_class_curves(recalls, precisions, labels, mean, ("recall", "precision"), out)
 
 
@@ -385,7 +426,8 @@ def plot_confidence_curve(
         best = int(values.mean(0).argmax())
         height, place = values.mean(0)[best], _as_numpy(confidences)[best]
         mean = f"all classes, highest {height:.3f} at {place:.3f}"
-    _plot_class_curves(confidences, values, names, mean, ("confidence", quantity), out)
+    labels = [_class_name(name) for name in names]
+    _plot_class_curves(confidences, values, labels, mean, ("confidence", quantity), out)
 
 
 def _plot_class_curves(
@@ -412,7 +454,7 @@ def _plot_class_curves(
         else:
             axis.plot(x, curve, linewidth=0.7, color=_GREY, label="each class" if not index else "")
     if len(curves) > 1:
-        axis.plot(x, curves.mean(0), linewidth=3, color="tab:blue", label=mean_label)
+        axis.plot(x, curves.mean(0), linewidth=3, color="black", label=mean_label)
     axis.set(xlabel=axis_names[0], ylabel=axis_names[1], xlim=(0, 1), ylim=(0, 1.02))
     axis.set_title(f"{axis_names[1]} over {axis_names[0]}", fontsize=11)
     axis.grid(alpha=0.3)
@@ -476,7 +518,7 @@ def plot_study(curves: Mapping[str, Sequence[tuple[int, float, float]]], out: st
     axis = figure.add_subplot()
     for name, points in curves.items():
         sizes, times, scores = zip(*sorted(points), strict=True)
-        (line,) = axis.plot(times, scores, "o-", label=name)
+        (line,) = axis.plot(times, scores, "o-", label=_literal(name))
         for size, time, score in zip(sizes, times, scores, strict=True):
             axis.annotate(
                 str(size),
@@ -650,7 +692,7 @@ def plot_stage_table(
         title: line above all panels.
     """
     figure = Figure(figsize=(14, 2.2 + 0.75 * len(rows)), layout="constrained")
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(_literal(title), fontsize=12)
     axes = figure.subplots(2, 3, sharey=True)
     stages = [str(row["stage"]) for row in rows]
     for axis, (key, name, digits) in zip(axes.ravel(), _STAGE_QUANTITIES, strict=True):

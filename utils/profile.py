@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import thop
 import torch
 from torch import Tensor, nn
 
 from models.yolo import Model
+
+_NUM_BLOCKS = 10
+_MIN_ROUNDS = 5  # where one pass takes longer than the time for all
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -37,16 +41,23 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def measure_latency(
-    model: Model,
-    imgsz: int,
-    device: torch.device,
-    batch_size: int = 1,
-    precision: torch.dtype = torch.float32,
-    num_rounds: int = 25,
-) -> float:
-    """Milliseconds that one forward pass takes; see `compare_latency`."""
-    return compare_latency([model], imgsz, device, batch_size, precision, num_rounds)[0]
+def out_of_memory_advice(error: torch.OutOfMemoryError) -> str:
+    """One line: what happened, in the first sentences of the error, and what to do."""
+    reason = ". ".join(str(error).split(". ")[:2]).strip().rstrip(".")
+    return f"{reason or 'the device is out of memory'}; try a smaller --batch-size or --imgsz"
+
+
+class Latency(NamedTuple):
+    """How long one network takes, and how many times as fast as the first one it is.
+
+    Between `speed_up_low` and `speed_up_high` the true value lies with about 98 % certainty. Where
+    the two include 1, no difference was found.
+    """
+
+    milliseconds: float
+    speed_up: float
+    speed_up_low: float
+    speed_up_high: float
 
 
 @torch.inference_mode()
@@ -56,12 +67,15 @@ def compare_latency(
     device: torch.device,
     batch_size: int = 1,
     precision: torch.dtype = torch.float32,
-    num_rounds: int = 25,
-) -> list[float]:
-    """Milliseconds of one forward pass (decoding included, NMS not) of each network.
+    seconds: float = 2.0,
+) -> list[Latency]:
+    """Time one forward pass (decoding included, NMS not) of each network; compare with the first.
 
-    The networks take turns, so that what else the machine does hits all of them alike: the ratios
-    are steadier than the numbers. BN is folded, on copies.
+    On a busy machine single passes take up to several times as long as others. So the networks
+    take turns, in changing order: what else the machine does hits all of them alike. And the
+    passes are split into blocks, one after the other, of which the fastest pass of each network
+    counts: each block gives a time and a ratio, the result is the median, and how far the blocks
+    differ says how far to trust it. BN is folded, on copies.
 
     Args:
         models: any number, left as they are.
@@ -69,25 +83,39 @@ def compare_latency(
         device: where to measure; the copies are moved there.
         batch_size: images in one pass; the result is for the whole batch.
         precision: type of weights and input.
-        num_rounds: passes of each network after the warm-up; at least 1.
-
-    Returns:
-        Per network the median of its passes.
+        seconds: for each network, after the warm-up. Slow ones take longer: five passes each.
     """
     prepared = [_for_inference(model, device, precision) for model in models]
     inputs = [_noise(model.max_stride, imgsz, batch_size, device, precision) for model in prepared]
-    for _ in range(3):  # the first passes pay for memory and kernel selection
+    for _ in range(2):  # the first passes pay for memory and kernel selection
         for model, x in zip(prepared, inputs, strict=True):
             model(x)
-    milliseconds: list[list[float]] = [[] for _ in prepared]
-    for _ in range(num_rounds):
-        for times, model, x in zip(milliseconds, prepared, inputs, strict=True):
+    rounds: list[list[float]] = []  # milliseconds, a row per round, a column per network
+    end = time.perf_counter() + seconds * len(prepared)
+    while prepared and (len(rounds) < _MIN_ROUNDS or time.perf_counter() < end):
+        row = [0.0] * len(prepared)
+        order = range(len(prepared))
+        for index in reversed(order) if len(rounds) % 2 else order:
             synchronize(device)
             start = time.perf_counter()
-            model(x)
+            prepared[index](inputs[index])
             synchronize(device)
-            times.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(times) for times in milliseconds]
+            row[index] = (time.perf_counter() - start) * 1e3
+        rounds.append(row)
+    return summarise_rounds(np.reshape(rounds, (len(rounds), len(prepared))))
+
+
+def summarise_rounds(rounds: np.ndarray) -> list[Latency]:
+    """Times of each network, milliseconds [rounds, networks], as `compare_latency` gives them."""
+    blocks = np.array_split(rounds, min(_NUM_BLOCKS, len(rounds)) or 1)
+    fastest = np.stack([block.min(0, initial=np.inf) for block in blocks])  # [blocks, networks]
+    ratios = np.sort(fastest[:, :1] / fastest, axis=0)
+    # Of ten blocks the second lowest and second highest enclose the median with 98 %, of five
+    # the lowest and highest with 94 % (binomial, p = 1/2).
+    outside = len(blocks) // _NUM_BLOCKS
+    middle = np.median(ratios, axis=0)
+    columns = (np.median(fastest, axis=0), middle, ratios[outside], ratios[-1 - outside])
+    return [Latency(*numbers) for numbers in np.stack(columns, 1).tolist()]
 
 
 def _for_inference(model: Model, device: torch.device, precision: torch.dtype) -> Model:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from utils.atomic import atomic_write
 from utils.image_files import image_hw, is_image_name, silent_decoder
 
 LOGGER = logging.getLogger(__name__)
@@ -504,16 +505,13 @@ def _save_cache(
         "point_offsets": polygons.offsets,
         "report": _to_json_array(asdict(split.report)),
     }
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         # A folder without any write permission was meant to stay as it is, even by a superuser.
         if not path.parent.stat().st_mode & 0o222:
             raise PermissionError("the folder is read-only")
-        with temporary.open("wb") as file:
+        with atomic_write(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy thinks of allow_pickle
-        temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         reason = error.strerror or error
         LOGGER.info("%s: the scan cannot be kept (%s); the next run scans again", path, reason)
 

@@ -62,6 +62,12 @@ def convert_instances(
     return Conversion(len(lines), num_boxes, num_crowds, num_degenerate)
 
 
+def image_names(annotations: Path) -> list[str]:
+    """Sorted file names of the images in any COCO JSON with `images`."""
+    images = read_annotations(annotations, ("images",))["images"]
+    return sorted(Path(image["file_name"]).name for image in images)
+
+
 def write_image_list(annotations: Path, folder: str, path: Path) -> int:
     """List the images of an annotation file as `./folder/NAME`; returns how many.
 
@@ -70,8 +76,7 @@ def write_image_list(annotations: Path, folder: str, path: Path) -> int:
         folder: of the images, relative to the list.
         path: the `.txt` list.
     """
-    images = read_annotations(annotations, ("images",))["images"]
-    names = sorted(Path(image["file_name"]).name for image in images)
+    names = image_names(annotations)
     path.write_text("".join(f"./{folder}/{name}\n" for name in names), encoding="utf-8")
     return len(names)
 

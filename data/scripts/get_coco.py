@@ -13,7 +13,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from data.scripts.coco_annotations import convert_instances, write_image_list
+from data.scripts.coco_annotations import convert_instances, image_names, write_image_list
 from utils.config import load_dataset_spec
 from utils.downloads import download, unpack
 
@@ -42,16 +42,16 @@ def main() -> None:
     root = args.out or spec.root
     get_annotations(root, "annotations_trainval2017.zip", "instances_val2017.json")
     for split in ("train2017", "val2017"):
-        get_images(root, split, args.keep_archives)
         instances = root / "annotations" / f"instances_{split}.json"
+        get_images(root, split, instances, args.keep_archives)
         labels = root / "labels" / split
         counts = convert_instances(instances, labels, spec.names, polygons=not args.boxes)
         write_image_list(instances, f"images/{split}", root / f"{split}.txt")
         LOGGER.info("%s: %s", labels, counts)
     if args.test:
         get_annotations(root, "image_info_test2017.zip", "image_info_test-dev2017.json")
-        get_images(root, "test2017", args.keep_archives)
         listed = root / "annotations" / "image_info_test-dev2017.json"
+        get_images(root, "test2017", listed, args.keep_archives)
         write_image_list(listed, "images/test2017", root / "test-dev2017.txt")
 
 
@@ -61,12 +61,19 @@ def get_annotations(root: Path, archive: str, member: str) -> None:
         unpack(download(f"{URL}/annotations/{archive}", root / archive), root)
 
 
-def get_images(root: Path, split: str, keep_archive: bool) -> None:
-    """Fetch and unpack the images of a split unless they are all there."""
-    done = root / "images" / f".{split}.complete"
+def get_images(root: Path, split: str, annotations: Path, keep_archive: bool) -> None:
+    """Fetch and unpack the images of a split unless all that the annotations list are there."""
+    done, archive = root / "images" / f".{split}.complete", root / f"{split}.zip"
+    folder = root / "images" / split
+    # An archive without the mark may be half unpacked: the last image may be incomplete.
+    if not done.exists() and not archive.exists() and folder.is_dir():
+        present = {path.name for path in folder.iterdir()}
+        if present.issuperset(image_names(annotations)):
+            done.touch()
     if done.exists():
+        LOGGER.info("%s: the images are there already", folder)
         return
-    archive = download(f"{URL}/zips/{split}.zip", root / f"{split}.zip")
+    download(f"{URL}/zips/{split}.zip", archive)
     unpack(archive, root / "images")
     done.touch()
     if not keep_archive:
@@ -74,4 +81,7 @@ def get_images(root: Path, split: str, keep_archive: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None

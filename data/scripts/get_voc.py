@@ -71,4 +71,7 @@ def convert(root: Path, year: str, image_set: str, names: tuple[str, ...]) -> No
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,7 +1,7 @@
 """Draw the data set of `data/shapes.yaml`: geometric shapes that are not easy to find.
 
-    python data/scripts/make_shapes.py
-    python data/scripts/make_shapes.py --out datasets/shapes-large --train 4000 --size 640
+    python -m data.scripts.make_shapes
+    python -m data.scripts.make_shapes --out datasets/shapes-large --train 4000 --size 640
 
 Every image depends on the seed, its split and its number alone, so a larger data set begins with
 the images of the smaller one.
@@ -351,4 +351,7 @@ def _motion_blur(rng: Generator, image: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
