@@ -53,7 +53,9 @@ ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("prune")
 
 LABEL_PAD = 0.5  # of rectangular validation batches, in strides
-# A channel is near 0 when its |gamma| is below this share of the median of those that stay.
+# A channel is near 0 when its |gamma| is below this share of the 90 % quantile of those that stay.
+# Measured on a sparse yolov5n (BCCD): up to a share of 0.05 the cut cost less than half a point of
+# mAP@.5, at 0.15 it cost 7.5. The median will not do: most of what stays may be near 0 as well.
 NEAR_ZERO = 0.1
 
 
@@ -347,11 +349,11 @@ def warn_if_not_sparse(
     beta_cut = torch.cat([betas[name][~mask] for name, mask in keep.masks.items()])
     if not len(gamma_cut):
         return
-    largest_gamma, typical = float(gamma_cut.max()), float(gamma_kept.median())
+    largest_gamma, typical = float(gamma_cut.max()), float(gamma_kept.quantile(0.9))
     large_beta = float(beta_cut.quantile(0.95))
     if largest_gamma > NEAR_ZERO * typical:
         LOGGER.warning(
-            "warning: channels with |gamma| up to %.3g go, the median of those that stay is %.3g: "
+            "warning: channels with |gamma| up to %.3g go, against %.3g of strong ones that stay: "
             "they are not near 0, expect mAP to fall. Train longer with --bn_sparsity, with a "
             "larger --sparsity_rate, or remove less",
             largest_gamma,
@@ -360,7 +362,7 @@ def warn_if_not_sparse(
     elif large_beta > NEAR_ZERO * typical:
         LOGGER.warning(
             "warning: gamma is near 0 in all channels that go, but |beta| is %.3g or more in 5 %% "
-            "of them (median |gamma| of those that stay: %.3g): they are constant, not silent, "
+            "of them (|gamma| of strong ones that stay: %.3g): they are constant, not silent, "
             "expect mAP to fall. Train longer with --bn_sparsity",
             large_beta,
             typical,

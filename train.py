@@ -76,7 +76,7 @@ from utils.optim import (
     set_step,
 )
 from utils.plots import draw, plot_batch, plot_gamma_history, plot_labels, plot_results
-from utils.profile import count_gflops, count_parameters
+from utils.profile import count_gflops, count_parameters, out_of_memory_advice
 from utils.pruning.slimming import GammaStatistics, SparsityPenalty, gamma_statistics
 from utils.run_dir import ResultsCsv, new_run_dir, save_options
 
@@ -949,8 +949,7 @@ if __name__ == "__main__":
     except (OSError, ValueError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None
     except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        raise SystemExit(f"error: {reason} Try a smaller --batch-size or --imgsz") from None
+        raise SystemExit(f"error: {out_of_memory_advice(error)}") from None
     except KeyboardInterrupt:
         print("interrupted; train.py --resume continues the newest unfinished run")
         raise SystemExit(130) from None

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} | {"train", "val", "prune", "detect", "export"}
-WITHOUT_SIBLINGS = {"utils/boxes.py", "utils/config.py", "utils/device.py", "utils/run_dir.py"}
+WITHOUT_SIBLINGS = {"utils/atomic.py", "utils/boxes.py", "utils/config.py", "utils/device.py"}
 
 
 def _package_files(package: str) -> list[str]:

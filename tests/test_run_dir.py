@@ -1,5 +1,4 @@
 import csv
-import os
 import subprocess
 import sys
 import threading
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from utils.run_dir import ResultsCsv, latest_run, new_run_dir, read_results, save_options
+from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
 
 
 @pytest.mark.parametrize(
@@ -59,17 +58,6 @@ def test_new_run_dir_errors_name_the_reason(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         new_run_dir(tmp_path / "file")
-
-
-def test_latest_run_is_the_newest_checkpoint(tmp_path):
-    assert latest_run(tmp_path) is None
-    for age, name in enumerate(["exp2", "deep/er/exp", "exp"]):
-        last = tmp_path / name / "weights" / "last.pt"
-        last.parent.mkdir(parents=True)
-        last.write_text("")
-        os.utime(last, (1_000_000 - age, 1_000_000 - age))
-    assert latest_run(tmp_path) == tmp_path / "exp2"
-    assert latest_run(tmp_path / "deep") == tmp_path / "deep" / "er" / "exp"
 
 
 def test_save_options_writes_plain_readable_yaml(tmp_path):

@@ -14,7 +14,6 @@ Final files hold floating-point tensors in half precision.
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from models.spec import ModelSpec
 from models.yolo import Model
+from utils.atomic import atomic_write
 from utils.public_weights import read_public_weights
 
 LOGGER = logging.getLogger(__name__)
@@ -54,16 +54,9 @@ def build_checkpoint(model: Model, names: Sequence[str], **extra: Any) -> dict[s
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write to a temporary name, flush to disk, rename: `path` is never half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write the file whole or not at all."""
+    with atomic_write(path) as file:
+        torch.save(dict(content), file)
 
 
 def save_final(path: Path, content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:

@@ -6,13 +6,14 @@ run leaves the previous content or the new one, never half of it.
 
 import csv
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from utils.atomic import atomic_write
 
 
 def new_run_dir(project: str | Path, name: str = "exp", exist_ok: bool = False) -> Path:
@@ -55,27 +56,10 @@ def _highest_run_number(first: Path) -> int:
     return max((int(match[1] or 1) for match in matches if match), default=0)
 
 
-def latest_run(project: str | Path, containing: str = "weights/last.pt") -> Path | None:
-    """Folder below `project` (at any depth) whose file `containing` is the newest; None if none."""
-    found = list(Path(project).glob(f"**/{containing}"))
-    if not found:
-        return None
-    newest = max(found, key=lambda path: path.stat().st_mtime_ns)
-    return newest.parents[len(Path(containing).parts) - 1]
-
-
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Write UTF-8 text under a temporary name in the same folder, then rename it to `path`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def save_options(path: str | Path, options: Mapping[str, Any]) -> None:
