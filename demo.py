@@ -31,10 +31,10 @@ from utils.run_dir import new_run_dir, read_results, write_text_atomic
 ROOT = Path(__file__).resolve().parent
 
 # Epochs of dense, sparse and fine-tuning; image size; share of the channels to remove; rate.
-EPOCHS = (60, 25, 20)
+EPOCHS = (45, 35, 15)
 IMGSZ = 160
-PERCENT = 0.4
-SPARSITY_RATE = 0.001
+PERCENT = 0.5
+SPARSITY_RATE = 0.005
 
 # Columns of the table: key, heading, format.
 COLUMNS = (
@@ -63,6 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", default="data/shapes.yaml", help="data set yaml")
     parser.add_argument("--cfg", default="yolov5n.yaml", help="model yaml")
+    parser.add_argument("--hyp", default="hyp.shapes.yaml", help="hyperparameter yaml")
     parser.add_argument("--imgsz", type=int, default=IMGSZ, help="side of the input, pixels")
     parser.add_argument("--batch-size", type=int, default=16, help="images")
     parser.add_argument(
@@ -109,13 +110,13 @@ def list_stages(options: argparse.Namespace, run_dir: Path) -> list[Stage]:
     )
     # A short run needs many steps, so a step is a batch, not the 64 images of a long training.
     batch = ["--batch-size", str(options.batch_size), "--nominal-batch", str(options.batch_size)]
-    train = ["train.py", "--data", options.data, *batch]
+    train = ["train.py", "--data", options.data, "--hyp", options.hyp, *batch]
     common = ["--imgsz", str(options.imgsz), "--workers", str(options.workers)]
     common += ["--device", options.device] if options.device else []
     epochs = [["--epochs", str(count)] for count in options.epochs]
     adamw = ["--optimizer", "AdamW"]
     penalty = ["--bn_sparsity", "--sparsity_rate", f"{options.sparsity_rate:g}"]
-    slim = ["--ft_pruned_model", "--hyp", "hyp.finetune_prune.yaml"]
+    slim = ["--ft_pruned_model"]
     cut = ["--percent", f"{options.percent:g}", "--data", options.data]
 
     def weights(path: Path) -> list[str]:
