@@ -1,4 +1,4 @@
-"""Run all five stages on the generated shapes and compare them: ten minutes on two CPU cores.
+"""Run all five stages on the generated shapes and compare them: under ten minutes on two cores.
 
     python demo.py
     python demo.py --epochs 200 60 60 --imgsz 320 --device 0

@@ -31,10 +31,17 @@ from torch import Tensor, nn
 from models import Model, ModelSpec
 from models.blocks import Bottleneck
 from utils.checkpoint import Detector, build_checkpoint, load_detector, save_final
-from utils.config import find_config, load_dataset_spec, load_yaml
-from utils.dataset import DetectionDataset, Loader, build_loader, scan_split
+from utils.config import find_config, load_yaml
+from utils.dataset import (
+    RECT_PAD,
+    DetectionDataset,
+    Loader,
+    build_loader,
+    round_imgsz,
+    scan_split,
+)
 from utils.device import describe_device, select_device
-from utils.downloads import ensure_dataset, find_weights
+from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, check_class_names, evaluate
 from utils.profile import (
     Latency,
@@ -52,7 +59,6 @@ from utils.run_dir import new_run_dir, save_options, write_text_atomic
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("prune")
 
-LABEL_PAD = 0.5  # of rectangular validation batches, in strides
 # A channel is near 0 when its |gamma| is below this share of the 90 % quantile of those that stay.
 # Measured on a sparse yolov5n (BCCD): up to a share of 0.05 the cut cost less than half a point of
 # mAP@.5, at 0.15 it cost 7.5. The median will not do: most of what stays may be near 0 as well.
@@ -239,26 +245,15 @@ def _describe_row(row: nn.Module, sources: tuple[int, ...]) -> tuple[Any, ...]:
     return sources, repr(row), shortcuts
 
 
-def round_imgsz(imgsz: int, stride: int) -> int:
-    """The size rounded up to a multiple of the stride, in pixels."""
-    rounded = math.ceil(imgsz / stride) * stride
-    if rounded != imgsz:
-        LOGGER.warning("--imgsz %d is not a multiple of %d; using %d", imgsz, stride, rounded)
-    return rounded
-
-
 def load_data(options: argparse.Namespace, detector: Detector, imgsz: int) -> Loader:
     """Batches of the validation images; gets the data set if it is not there yet.
 
     Raises:
         ValueError: the data set has other classes than the network.
     """
-    data = load_dataset_spec(find_config(options.data, ["data"], ROOT), ROOT)
+    data = open_dataset(options.data, splits=("val",), allow_scripts=options.allow_download_scripts)
     if not options.single_cls:
         check_class_names(detector.names, data.names, options.weights, str(data.source))
-    ensure_dataset(data, splits=("val",), allow_scripts=options.allow_download_scripts)
-    data = load_dataset_spec(data.source, ROOT)  # paths may exist only now
-    data.check_exists(("val",))
     split = scan_split(
         data.val,
         data.names,
@@ -273,7 +268,7 @@ def load_data(options: argparse.Namespace, detector: Detector, imgsz: int) -> Lo
         rect=True,
         batch_size=options.batch_size,
         stride=detector.model.max_stride,
-        pad=LABEL_PAD,
+        pad=RECT_PAD,
         cache=None,
         seed=0,
     )

@@ -47,11 +47,11 @@ from utils.config import (
     DatasetSpec,
     Hyperparameters,
     find_config,
-    load_dataset_spec,
     load_hyperparameters,
     load_yaml,
 )
 from utils.dataset import (
+    RECT_PAD,
     Batch,
     DetectionDataset,
     Loader,
@@ -59,9 +59,10 @@ from utils.dataset import (
     build_loader,
     image_weights_from_map,
     label_sizes_px,
+    round_imgsz,
     scan_split,
 )
-from utils.downloads import ensure_dataset, find_weights
+from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, evaluate
 from utils.loss import DetectionLoss, LossSettings
 from utils.optim import (
@@ -90,7 +91,6 @@ NOT_FINITE_HELP = (
     "--sparsity_rate, or try --amp off"
 )
 GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
-LABEL_PAD = 0.5  # of rectangular validation batches, in strides
 LEAST_VALUES = {
     **dict.fromkeys(("epochs", "batch_size", "nominal_batch"), 1),
     **dict.fromkeys(("workers", "patience", "sparsity_rate", "seed"), 0),
@@ -395,13 +395,12 @@ def check_slim(
 
 
 def load_data(options: argparse.Namespace) -> DatasetSpec:
-    """Find the data set yaml; get the data if they are not there yet."""
-    data = load_dataset_spec(find_config(options.data, ["data"], ROOT), ROOT)
+    """The data set, fetched if need be by the first process."""
+    if devices.rank() != 0:
+        wait_for_all()
+    data = open_dataset(options.data, allow_scripts=options.allow_download_scripts)
     if devices.rank() == 0:
-        ensure_dataset(data, allow_scripts=options.allow_download_scripts)
-    wait_for_all()
-    data = load_dataset_spec(data.source, ROOT)  # paths may exist only now
-    data.check_exists(("train", "val"))
+        wait_for_all()
     return dataclasses.replace(data, names=("object",)) if options.single_cls else data
 
 
@@ -455,14 +454,6 @@ def build_network(inputs: Inputs, options: argparse.Namespace) -> Model:
 def freeze_rows(model: Model, options: argparse.Namespace) -> list[nn.Module]:
     """Apply `--freeze`; returns the BN layers to keep in eval mode."""
     return freeze(model.model, frozen_rows(options.freeze, len(model.model)))
-
-
-def round_imgsz(imgsz: int, stride: int) -> int:
-    """The size rounded up to a multiple of the stride, in pixels."""
-    rounded = math.ceil(imgsz / stride) * stride
-    if rounded != imgsz:
-        LOGGER.warning("--imgsz %d is not a multiple of %d; using %d", imgsz, stride, rounded)
-    return rounded
 
 
 def scan_splits(data: DatasetSpec, options: argparse.Namespace) -> tuple[Split, Split]:
@@ -530,7 +521,7 @@ def build_loaders(
         rect=True,
         batch_size=share * 2,
         stride=stride,
-        pad=LABEL_PAD,
+        pad=RECT_PAD,
         cache=options.cache,
         seed=options.seed,
     )

@@ -16,7 +16,6 @@ import csv
 import itertools
 import json
 import logging
-import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -38,10 +37,19 @@ from utils.coco_json import (
     score_with_pycocotools,
     write_json,
 )
-from utils.config import DatasetSpec, find_config, load_dataset_spec
-from utils.dataset import Batch, DetectionDataset, Loader, Split, build_loader, scan_split
+from utils.config import DatasetSpec
+from utils.dataset import (
+    RECT_PAD,
+    Batch,
+    DetectionDataset,
+    Loader,
+    Split,
+    build_loader,
+    round_imgsz,
+    scan_split,
+)
 from utils.device import describe_device, select_device
-from utils.downloads import ensure_dataset, find_weights
+from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, check_class_names, evaluate
 from utils.plots import (
     draw,
@@ -58,7 +66,6 @@ ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("val")
 
 IMGSZ = 640  # default of --imgsz
-RECT_PAD = 0.5  # of rectangular batches, in strides
 STUDY_SIZES = range(256, 1536 + 1, 128)
 NUM_BATCH_PICTURES = 3
 # Default --conf-thres and --iou-thres: for mAP, and as in use (--task speed).
@@ -201,13 +208,9 @@ def select_precision(half: bool, device: torch.device) -> torch.dtype:
 
 
 def load_data(options: argparse.Namespace) -> DatasetSpec:
-    """Find the data set yaml; get the data if they are not there yet."""
+    """The data set with the split that the task needs."""
     needed = (split_name(options.task),)
-    data = load_dataset_spec(find_config(options.data, ["data"], ROOT), ROOT)
-    ensure_dataset(data, splits=needed, allow_scripts=options.allow_download_scripts)
-    data = load_dataset_spec(data.source, ROOT)  # paths may exist only now
-    data.check_exists(needed)
-    return data
+    return open_dataset(options.data, splits=needed, allow_scripts=options.allow_download_scripts)
 
 
 def split_name(task: str) -> str:
@@ -236,14 +239,6 @@ def scan(data: DatasetSpec, options: argparse.Namespace) -> Split:
         workers=max(options.workers, 1),
         require_labels=options.task != "speed" and not wants_files_alone,
     )
-
-
-def round_imgsz(imgsz: int, stride: int) -> int:
-    """The size rounded up to a multiple of the stride, in pixels."""
-    rounded = math.ceil(imgsz / stride) * stride
-    if rounded != imgsz:
-        LOGGER.warning("--imgsz %d is not a multiple of %d; using %d", imgsz, stride, rounded)
-    return rounded
 
 
 def describe_network(model: Model, imgsz: int) -> None:

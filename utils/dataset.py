@@ -42,6 +42,7 @@ from utils.image_files import read_image
 from utils.scan import ScanReport, Split, scan_split
 
 __all__ = [
+    "RECT_PAD",
     "Batch",
     "DetectionDataset",
     "Loader",
@@ -51,6 +52,7 @@ __all__ = [
     "class_counts",
     "image_weights_from_map",
     "label_sizes_px",
+    "round_imgsz",
     "scan_split",
 ]
 
@@ -60,6 +62,8 @@ LOGGER = logging.getLogger(__name__)
 Key = int | tuple[int, int] | tuple[int, int, int]
 
 NUM_PROBES = 16  # images looked at to tell one lost image from a lost drive
+
+RECT_PAD = 0.5  # of rectangular evaluation batches, in strides
 
 # First word of every seed, so that no two kinds of draws share a stream.
 _ORDER_STREAM, _SAMPLE_STREAM = 1, 2
@@ -269,6 +273,14 @@ def _can_be_read(path: str) -> bool:
 
 def _describe(error: OSError, path: str) -> str:
     return f"{path}: {error.strerror}" if error.strerror else str(error)
+
+
+def round_imgsz(imgsz: int, stride: int) -> int:
+    """The size rounded up to a multiple of the stride, both in pixels; says so if it changes."""
+    rounded = math.ceil(imgsz / stride) * stride
+    if rounded != imgsz:
+        LOGGER.warning("--imgsz %d is not a multiple of %d; using %d", imgsz, stride, rounded)
+    return rounded
 
 
 def rect_shape_hw(shapes_hw: np.ndarray, imgsz: int, stride: int, pad: float) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from typing import IO
 from urllib.parse import unquote, urlsplit
 
 from utils.atomic import atomic_write
-from utils.config import DatasetSpec, locate_key
+from utils.config import DatasetSpec, find_config, load_dataset_spec, locate_key
 
 LOGGER = logging.getLogger(__name__)
 
@@ -297,6 +297,27 @@ def _write_member(source: IO[bytes], target: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------- data sets
+def open_dataset(
+    name: str | Path, *, splits: Sequence[str] = ("train", "val"), allow_scripts: bool = False
+) -> DatasetSpec:
+    """Find the yaml of a data set, get the images if they are missing, and see that they are there.
+
+    Args:
+        name: path of the yaml, or a bare name in `data/`.
+        splits: what is needed.
+        allow_scripts: run the download command of any yaml.
+
+    Raises:
+        OSError, ValueError: as `find_config`, `load_dataset_spec`, `ensure_dataset` and
+            `DatasetSpec.check_exists` say.
+    """
+    spec = load_dataset_spec(find_config(name, ["data"], PROJECT_ROOT), PROJECT_ROOT)
+    ensure_dataset(spec, splits=splits, allow_scripts=allow_scripts)
+    spec = load_dataset_spec(spec.source, PROJECT_ROOT)  # paths may exist only now
+    spec.check_exists(splits)
+    return spec
+
+
 def ensure_dataset(
     spec: DatasetSpec,
     *,
