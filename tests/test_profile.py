@@ -1,6 +1,6 @@
 import copy
 import json
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from models import Model, ModelSpec
+from utils import profile
 from utils.profile import (
     compare_latency,
     count_gflops,
@@ -79,26 +80,38 @@ def test_latency_is_positive_and_the_model_stays(tiny_model, imgsz):
     assert list(tiny_model.state_dict()) == names  # not folded
 
 
-def test_latencies_are_compared_in_turns(tiny_model):
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only passes show: no test here depends on how busy the machine is."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(profile.time, "perf_counter", lambda: now.seconds)
+    return now
+
+
+def let_take(model, clock, seconds):
+    """Let every forward pass of the model, and of its copies, take so long."""
+
     def work(*_):
-        time.sleep(0.05)
+        clock.seconds += seconds
 
+    model.register_forward_hook(work)
+
+
+def test_latencies_are_compared_in_turns(tiny_model, clock):
     small, large = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model)
-    large.register_forward_hook(work)
+    let_take(large, clock, 0.050)
+    let_take(small, clock, 0.020)
     slow, fast = compare_latency([large, small], 64, CPU, seconds=0)
-    assert slow.milliseconds > 50
-    assert slow.milliseconds > fast.milliseconds
-    assert 1 < fast.speed_up_low <= fast.speed_up <= fast.speed_up_high
+    assert slow == pytest.approx((50, 1, 1, 1))
+    assert fast == pytest.approx((20, 2.5, 2.5, 2.5))
 
 
-def test_time_is_the_limit_and_five_rounds_the_least(tiny_model):
-    passes = []
-    tiny_model.register_forward_hook(lambda *_: passes.append(time.perf_counter()))
+def test_time_is_the_limit_and_five_rounds_the_least(tiny_model, clock):
+    let_take(tiny_model, clock, 0.125)
     compare_latency([tiny_model], 64, CPU, seconds=0)
-    assert len(passes) == 2 + 5
-    compare_latency([tiny_model], 64, CPU, seconds=0.5)
-    assert passes[-1] - passes[7] < 1
-    assert len(passes) > 7 + 2 + 5
+    assert clock.seconds == (2 + 5) * 0.125  # two to warm up
+    compare_latency([tiny_model], 64, CPU, seconds=1.0)
+    assert clock.seconds == (2 + 5 + 2 + 8) * 0.125
 
 
 def noisy_rounds(speed_up, seed, num_rounds=200):
