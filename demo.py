@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.checkpoint import load_detector
+from utils.command import run_command
 from utils.device import describe_device, select_device
 from utils.metrics import fitness
 from utils.plots import draw, plot_stage_table
@@ -221,4 +222,4 @@ def save_table(run_dir: Path, rows: Sequence[Mapping[str, Any]], table: str, tit
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from models import Model, ModelSpec
 from models.blocks import Bottleneck
 from utils.checkpoint import Detector, build_checkpoint, load_detector, save_final
+from utils.command import run_command
 from utils.config import find_config, load_yaml
 from utils.dataset import (
     RECT_PAD,
@@ -48,7 +49,6 @@ from utils.profile import (
     compare_latency,
     count_gflops,
     count_parameters,
-    out_of_memory_advice,
 )
 from utils.pruning.channel_groups import ChannelGroups, find_channel_groups
 from utils.pruning.keep_masks import KeepMasks, select_keep_masks, suggested_percent
@@ -153,12 +153,7 @@ def open_run_dir(options: argparse.Namespace) -> Iterator[Path]:
     place = Path(options.project) / options.name
     absent = [folder for folder in place.parents if not folder.exists()]
     is_reused = options.exist_ok and place.exists()
-    try:
-        run_dir = new_run_dir(options.project, options.name, options.exist_ok)
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write to {place}: {error.strerror}; see --project, --name") from None
+    run_dir = new_run_dir(options.project, options.name, options.exist_ok)
     try:
         yield run_dir
     finally:
@@ -570,9 +565,4 @@ def format_spec(spec: ModelSpec, comment: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"error: {out_of_memory_advice(error)}") from None
+    run_command(main)

@@ -43,6 +43,7 @@ from utils.checkpoint import (
     save_final,
     transfer_weights,
 )
+from utils.command import run_command
 from utils.config import (
     DatasetSpec,
     Hyperparameters,
@@ -77,7 +78,7 @@ from utils.optim import (
     set_step,
 )
 from utils.plots import draw, plot_batch, plot_gamma_history, plot_labels, plot_results
-from utils.profile import count_gflops, count_parameters, out_of_memory_advice
+from utils.profile import count_gflops, count_parameters
 from utils.pruning.slimming import GammaStatistics, SparsityPenalty, gamma_statistics
 from utils.run_dir import ResultsCsv, new_run_dir, save_options
 
@@ -173,8 +174,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check what can be checked without reading files."""
+def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
+    """Options, and the names of those that were typed; checks what needs no files."""
     parser = build_parser()
     options = parser.parse_args(argv)
     given = _given_flags(argv)
@@ -189,8 +190,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--weights '' needs a network: give --cfg, for example --cfg yolov5n.yaml")
     if options.ft_pruned_model and not options.weights:
         parser.error("--ft_pruned_model needs the pruned checkpoint: give --weights")
-    if options.noval and given & {"patience", "image_weights"}:
-        parser.error("--patience and --image-weights need the validation that --noval leaves out")
+    if options.noval and options.image_weights:
+        parser.error("--image-weights needs the validation that --noval leaves out")
+    if options.noval and "patience" in given and options.patience:
+        parser.error("--patience needs the validation that --noval leaves out")
     if options.image_weights and options.rect:
         parser.error("--image-weights draws images at random, --rect sorts them; give one of them")
     for name, low in LEAST_VALUES.items():
@@ -199,7 +202,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected at least {low}")
     if options.label_smoothing is not None and not 0 <= options.label_smoothing < 1:
         parser.error(f"--label-smoothing is {options.label_smoothing}, expected 0 to below 1")
-    return options
+    return options, given
 
 
 def _given_flags(argv: Sequence[str] | None) -> set[str]:
@@ -212,9 +215,9 @@ def _given_flags(argv: Sequence[str] | None) -> set[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one training from its options to its final files."""
-    options = parse_args(argv)
+    options, given = parse_args(argv)
     start_logging()
-    resumed = find_resumed(options)
+    resumed = find_resumed(options, given)
     options = resumed.options if resumed else options
     device = devices.select_device(options.device)
     if len(devices.gpu_indices(options.device)) > devices.world_size() == 1:
@@ -275,14 +278,15 @@ class Resumed(NamedTuple):
     options: argparse.Namespace  # those of the run, with the device and workers given now
 
 
-def find_resumed(options: argparse.Namespace) -> Resumed | None:
-    """The run that `--resume` means; None for a new run."""
+def find_resumed(options: argparse.Namespace, given: set[str]) -> Resumed | None:
+    """The run that `--resume` means, with the options given now; None for a new run."""
     if not options.resume:
         return None
     if options.resume is True:
         path = newest_unfinished(ROOT / "runs/train")
     else:
-        path = Path(options.resume)
+        path = Path(options.resume).expanduser()
+        path = path if path.exists() else ROOT / path
         path = path / "weights/last.pt" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"--resume {path}: no such checkpoint")
@@ -293,17 +297,17 @@ def find_resumed(options: argparse.Namespace) -> Resumed | None:
             f"to train on from its weights use --weights {path}"
         )
     run_dir = path.resolve().parent.parent
-    if not (run_dir / "opt.yaml").is_file() or path.resolve().parent.name != "weights":
+    in_place = path.resolve().parts[-2:] == ("weights", "last.pt")
+    if not in_place or not (run_dir / "opt.yaml").is_file():
         raise ValueError(
             f"--resume {path}: the file is not in its run folder (<run>/weights/last.pt with "
             "<run>/opt.yaml); put it back there"
         )
     merged = argparse.Namespace(**content["options"])
-    given = {name: getattr(options, name) for name in ("device", "workers")}
-    defaults = {name: build_parser().get_default(name) for name in given}
-    for name, value in given.items():
-        if value != defaults[name]:
-            setattr(merged, name, value)
+    for name in given - {"resume"}:
+        setattr(merged, name, getattr(options, name))
+    for left_over in path.parent.glob(".*.tmp"):  # of a killed writer
+        left_over.unlink(missing_ok=True)
     LOGGER.info("resuming %s after epoch %d", run_dir, content["epoch"])
     return Resumed(content, run_dir, merged)
 
@@ -312,8 +316,11 @@ def newest_unfinished(project: Path) -> Path:
     """The newest last.pt below a folder whose run has not reached its end."""
     found = sorted(project.glob("**/weights/last.pt"), key=lambda path: -path.stat().st_mtime)
     for path in found:
-        if "training" in load_checkpoint(path):
-            return path
+        try:
+            if "training" in load_checkpoint(path):
+                return path
+        except ValueError as error:
+            LOGGER.warning("warning: %s; passed over", error)
     raise FileNotFoundError(f"--resume: there is no unfinished run in {project}")
 
 
@@ -698,14 +705,15 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     run.ema.load_state_dict(state["ema"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
-    run.first_epoch = state["epoch"] + 1
+    # A run that stopped early and was killed before its last touches has nothing left to train.
+    run.first_epoch = run.options.epochs if state["is_last"] else state["epoch"] + 1
     run.best_fitness, run.best_epoch = state["best_fitness"], state["best_epoch"]
     run.class_maps = state["class_maps"].numpy()
     run.gammas = [GammaStatistics(**row) for row in state["gammas"]]
     torch.set_rng_state(state["torch_rng"])
 
 
-def training_state(run: Run, epoch: int) -> dict[str, Any]:
+def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
     """All that `restore_run` needs, as plain data."""
     return {
         "model": run.model.state_dict(),
@@ -713,6 +721,7 @@ def training_state(run: Run, epoch: int) -> dict[str, Any]:
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "epoch": epoch,
+        "is_last": is_last,
         "best_fitness": run.best_fitness,
         "best_epoch": run.best_epoch,
         "class_maps": torch.tensor(run.class_maps),
@@ -897,7 +906,9 @@ def save_epoch(
         save_final(folder / "best.pt", content, weights)
     if options.save_period > 0 and (epoch + 1) % options.save_period == 0:
         save_final(folder / f"epoch{epoch}.pt", content, weights)
-    save_checkpoint(folder / "last.pt", {**content, "training": training_state(run, epoch)})
+    save_checkpoint(
+        folder / "last.pt", {**content, "training": training_state(run, epoch, is_last)}
+    )
 
 
 def checkpoint_content(run: Run, epoch: int, result: EvaluationResult | None) -> dict[str, Any]:
@@ -935,12 +946,4 @@ def wait_for_all() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"error: {out_of_memory_advice(error)}") from None
-    except KeyboardInterrupt:
-        print("interrupted; train.py --resume continues the newest unfinished run")
-        raise SystemExit(130) from None
+    run_command(main, "interrupted; train.py --resume <run folder> goes on after the last epoch")

@@ -37,6 +37,7 @@ from utils.coco_json import (
     score_with_pycocotools,
     write_json,
 )
+from utils.command import run_command
 from utils.config import DatasetSpec
 from utils.dataset import (
     RECT_PAD,
@@ -59,7 +60,7 @@ from utils.plots import (
     plot_pr_curve,
     plot_study,
 )
-from utils.profile import count_gflops, count_parameters, out_of_memory_advice
+from utils.profile import count_gflops, count_parameters
 from utils.run_dir import new_run_dir, save_options, write_text_atomic
 
 ROOT = Path(__file__).resolve().parent
@@ -186,9 +187,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         loader = build_rect_loader(split, imgsz, model.max_stride, options)
         saver = BatchSaver(run_dir, split, data.names, options)
         result = run(model, loader, data.names, options, device, precision, saver)
+        save_results(result, imgsz, run_dir, speed_only=options.task == "speed")
         if options.task != "speed":
             print_table(result, options.verbose)
-            save_results(result, imgsz, run_dir)
             if options.save_json:
                 score_as_coco(saver, split, run_dir)
             if not options.noplots:
@@ -402,21 +403,24 @@ def print_speed(result: EvaluationResult, imgsz: int) -> None:
     )  # fmt: skip
 
 
-def save_results(result: EvaluationResult, imgsz: int, run_dir: Path) -> None:
-    """`results.json`: the table and the speed for programs."""
+def save_results(result: EvaluationResult, imgsz: int, run_dir: Path, speed_only: bool) -> None:
+    """`results.json`: the speed and, unless it alone was asked for, the table, for programs."""
     keys = ("name", "images", "labels", "precision", "recall", "map50", "map50_95")
-    content = {
+    content: dict[str, Any] = {
         "imgsz": imgsz,
         "images": result.num_images,
-        "labels": result.num_labels,
-        "precision": result.precision,
-        "recall": result.recall,
-        "map50": result.map50,
-        "map50_95": result.map50_95,
-        "best_conf": result.ap_result.best_conf,
         "speed_ms": dict(zip(("pre_process", "inference", "nms"), result.speed_ms, strict=True)),
-        "classes": [dict(zip(keys, row, strict=True)) for row in per_class_rows(result)],
     }
+    if not speed_only:
+        content |= {
+            "labels": result.num_labels,
+            "precision": result.precision,
+            "recall": result.recall,
+            "map50": result.map50,
+            "map50_95": result.map50_95,
+            "best_conf": result.ap_result.best_conf,
+            "classes": [dict(zip(keys, row, strict=True)) for row in per_class_rows(result)],
+        }
     write_text_atomic(run_dir / "results.json", json.dumps(content, indent=1))
 
 
@@ -496,9 +500,4 @@ def study(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"error: {out_of_memory_advice(error)}") from None
+    run_command(main)

@@ -16,6 +16,7 @@ import pytest
 from utils import downloads
 from utils.config import load_dataset_spec
 from utils.downloads import (
+    CHECKSUM_FILE,
     download,
     ensure_dataset,
     file_sha256,
@@ -563,3 +564,14 @@ def test_checksum_file(tmp_path):
     record_checksum(path, "b.pt", "3" * 64)
     assert path.read_text() == f"{'1' * 64}  a.pt\n{'3' * 64}  b.pt\n"
     assert names_in(tmp_path) == ["SHA256SUMS"]
+
+
+def test_weights_that_changed_after_their_download_are_refused(tmp_path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "yolov5n.pt").write_bytes(b"as released")
+    record_checksum(weights / CHECKSUM_FILE, "yolov5n.pt", file_sha256(weights / "yolov5n.pt"))
+    assert find_weights("yolov5n.pt", tmp_path) == weights / "yolov5n.pt"
+    (weights / "yolov5n.pt").write_bytes(b"something else")
+    with pytest.raises(OSError, match=r"yolov5n\.pt: has changed since its download"):
+        find_weights("yolov5n.pt", tmp_path)

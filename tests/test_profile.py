@@ -13,7 +13,6 @@ from utils.profile import (
     compare_latency,
     count_gflops,
     count_parameters,
-    out_of_memory_advice,
     summarise_rounds,
 )
 
@@ -141,18 +140,6 @@ def test_no_difference_is_found_where_there_is_none():
 
 def test_one_round_has_no_spread():
     assert summarise_rounds(np.array([[4.0, 2.0]]))[1] == (2, 2, 2, 2)
-
-
-@pytest.mark.parametrize(
-    ("message", "advice"),
-    [
-        ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...",
-         "CUDA out of memory. Tried to allocate 2.00 GiB; try a smaller --batch-size or --imgsz"),
-        ("", "the device is out of memory; try a smaller --batch-size or --imgsz"),
-    ],
-)  # fmt: skip
-def test_advice_where_memory_is_short(message, advice):
-    assert out_of_memory_advice(torch.OutOfMemoryError(message)) == advice
 
 
 def test_no_models():

@@ -297,6 +297,37 @@ def test_resume_refuses_what_is_not_an_interrupted_run(base, tmp_path, monkeypat
     assert load_checkpoint(run / "weights/last.pt")["epoch"] == 1
 
 
+def test_resume_takes_what_is_typed_also_a_default(base, tmp_path, monkeypatch):
+    train_until(monkeypatch, 0, [*base, "--epochs", "2"])
+    last = str(tmp_path / "runs/exp/weights/last.pt")
+    for typed, expected in (([], 0), (["--workers", "8"], 8)):
+        options, given = train.parse_args(["--resume", last, *typed])
+        assert train.find_resumed(options, given).options.workers == expected
+
+
+def test_resume_after_an_early_stop_trains_no_further(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.EvaluationResult, "fitness", property(lambda _: 0.5))
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "finish", lambda *_: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            train.main([*base, "--epochs", "9", "--patience", "1"])
+    run = tmp_path / "runs/exp"
+    (run / "weights/.last.pt.1.tmp").write_bytes(b"left by a killed writer")
+    train.main(["--resume", str(run)])
+    assert len(results_of(run)) == 2
+    assert "training" not in load_checkpoint(run / "weights/last.pt")
+    assert not list((run / "weights").glob(".*"))
+
+
+def test_a_damaged_run_does_not_hide_the_others(base, tmp_path, monkeypatch):
+    train_until(monkeypatch, 0, [*base, "--epochs", "2"])
+    damaged = tmp_path / "runs/later/weights/last.pt"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"")
+    expected = tmp_path / "runs/exp/weights/last.pt"
+    assert train.newest_unfinished(tmp_path / "runs") == expected
+
+
 def test_resume_refuses_other_classes(base, tmp_path, tiny_dataset, monkeypatch):
     train_until(monkeypatch, 0, [*base, "--epochs", "2"])
     text = tiny_dataset.yaml.read_text()
@@ -397,7 +428,7 @@ REFUSED = {
     "nothing to fine-tune": (["--ft_pruned_model"], "give --weights"),
     "resume with options": (["--resume", "x.pt"], "cannot be changed"),
     "epochs": (["--epochs", "0"], "--epochs is 0"),
-    "patience without validation": (["--noval", "--patience", "3"], "need the validation"),
+    "patience without validation": (["--noval", "--patience", "3"], "needs the validation"),
     "rate not finite": (["--bn_sparsity", "--sparsity_rate", "nan"], "--sparsity-rate is nan"),
 }
 

@@ -49,7 +49,7 @@ def fit_anchors(
     count = shape[0] * shape[1]
     usable = sizes_wh[(sizes_wh >= 2).all(1)].astype(np.float32)
     if len(np.unique(usable, axis=0)) < count:
-        raise ValueError(f"{len(usable)} boxes of 2 px and more are too few for {count} anchors")
+        raise ValueError(f"the boxes have fewer than {count} different sizes, too few for anchors")
     deviation = usable.std(0) + 1e-3
     cv2.setRNGSeed(seed % 2**31)
     stop = (cv2.TERM_CRITERIA_MAX_ITER + cv2.TERM_CRITERIA_EPS, 300, 1e-4)

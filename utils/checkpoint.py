@@ -137,8 +137,9 @@ def _is_plain(path: Path) -> bool:
     try:
         return not torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        reason = str(error).split(". ")[0].splitlines()[0] if str(error) else "empty"
         raise ValueError(
-            f"{path}: not a checkpoint that torch.save writes, or a damaged one ({error})"
+            f"{path}: not a checkpoint that torch.save writes, or a damaged one ({reason})"
         ) from None
 
 

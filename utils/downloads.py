@@ -497,6 +497,7 @@ def find_weights(name: str | Path, root: Path = PROJECT_ROOT) -> Path:
     tried = list(dict.fromkeys([typed, root / typed, root / "weights" / typed]))
     for candidate in tried:
         if candidate.is_file():
+            _check_recorded_sum(candidate)
             return candidate
     if typed.name in WEIGHT_NAMES and str(typed.parent) in (".", "weights"):
         return named_weights(typed.name, root / "weights")
@@ -504,6 +505,16 @@ def find_weights(name: str | Path, root: Path = PROJECT_ROOT) -> Path:
         f"{name}: no such file; tried {', '.join(map(str, tried))};"
         f" names that can be fetched: {', '.join(WEIGHT_NAMES)}"
     )
+
+
+def _check_recorded_sum(path: Path) -> None:
+    """Compare a file with the checksum that was recorded beside it at its download, if any."""
+    known = read_checksums(path.parent / CHECKSUM_FILE).get(path.name)
+    if known is not None and file_sha256(path) != known:
+        raise OSError(
+            f"{path}: has changed since its download (see {CHECKSUM_FILE} beside it); delete it to "
+            "fetch it again"
+        )
 
 
 def named_weights(name: str, folder: str | Path, base_url: str = WEIGHTS_URL) -> Path:

@@ -41,12 +41,6 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def out_of_memory_advice(error: torch.OutOfMemoryError) -> str:
-    """One line: what happened, in the first sentences of the error, and what to do."""
-    reason = ". ".join(str(error).split(". ")[:2]).strip().rstrip(".")
-    return f"{reason or 'the device is out of memory'}; try a smaller --batch-size or --imgsz"
-
-
 class Latency(NamedTuple):
     """How long one network takes, and how many times as fast as the first one it is.
 

@@ -7,6 +7,7 @@ run leaves the previous content or the new one, never half of it.
 import csv
 import io
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,21 @@ def new_run_dir(project: str | Path, name: str = "exp", exist_ok: bool = False) 
 
     Raises:
         ValueError: `name` is empty.
-        OSError: the folder cannot be made (no permission, a file is in the way).
+        OSError: the folder cannot be made or written to (no permission, a file is in the way).
     """
     if not name.strip():
         raise ValueError("a run needs a name; --name is empty")
-    first = Path(project) / name
+    first = Path(project).expanduser() / name
+    try:
+        run_dir = _make_run_dir(first, exist_ok)
+        with tempfile.TemporaryFile(dir=run_dir):  # now, not after hours of work
+            return run_dir
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write to {first}: {reason}; see --project, --name") from None
+
+
+def _make_run_dir(first: Path, exist_ok: bool) -> Path:
     first.parent.mkdir(parents=True, exist_ok=True)
     if exist_ok:
         first.mkdir(exist_ok=True)

@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from utils.command import out_of_memory_advice, run_command
+
+
+@pytest.mark.parametrize(
+    ("message", "advice"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...",
+         "CUDA out of memory. Tried to allocate 2.00 GiB; try a smaller --batch-size or --imgsz"),
+        ("", "the device is out of memory; try a smaller --batch-size or --imgsz"),
+    ],
+)  # fmt: skip
+def test_advice_where_memory_is_short(message, advice):
+    assert out_of_memory_advice(torch.OutOfMemoryError(message)) == advice
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (FileNotFoundError("x.yaml: no such file"), "error: x.yaml: no such file"),
+        (ValueError("percent is 50"), "error: percent is 50"),
+        (FloatingPointError("the loss is nan"), "error: the loss is nan"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "try a smaller --batch-size"),
+    ],
+)
+def test_problems_of_users_become_one_line(error, words):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_of_ours_keep_their_traceback():
+    def main():
+        raise KeyError("names")
+
+    with pytest.raises(KeyError):
+        run_command(main)
+
+
+def test_interruption(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main, "interrupted; go on with --resume")
+    assert caught.value.code == 130
+    assert "--resume" in capsys.readouterr().out

@@ -1,0 +1,33 @@
+"""How every command ends: well, with one line that says what is wrong, or interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def run_command(main: Callable[[], None], when_interrupted: str = "interrupted") -> None:
+    """Call the main function of a script; problems of users become one line and exit status 1.
+
+    What is not caught here is a mistake of ours, and its traceback should be seen.
+
+    Args:
+        main: raises OSError, ValueError or FloatingPointError with a message for users.
+        when_interrupted: said after Ctrl-C, with exit status 130.
+    """
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"error: {out_of_memory_advice(error)}") from None
+    except (OSError, ValueError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        print(f"\n{when_interrupted}")
+        raise SystemExit(130) from None
+
+
+def out_of_memory_advice(error: torch.OutOfMemoryError) -> str:
+    """One line: what happened, in the first sentences of the error, and what to do."""
+    reason = ". ".join(str(error).split(". ")[:2]).strip().rstrip(".")
+    return f"{reason or 'the device is out of memory'}; try a smaller --batch-size or --imgsz"
