@@ -50,7 +50,10 @@ def test_the_subgradient_by_hand():
 
 def test_nothing_to_penalise_is_no_error():
     add_l1_subgradient([], 0.1, 0.1)
-    add_l1_subgradient([nn.BatchNorm2d(2)], 0.1, 0.1)  # no gradients yet: a frozen layer
+    frozen = nn.BatchNorm2d(2)
+    add_l1_subgradient([frozen], 0.1, 0.1)
+    assert frozen.weight.grad is None
+    assert frozen.weight.tolist() == [1, 1]
 
 
 def test_beta_keeps_the_full_rate_while_that_of_gamma_falls(model):
