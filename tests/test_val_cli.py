@@ -291,7 +291,10 @@ def test_task_train(command, tmp_path):
 def test_task_speed_reports_time_only(command, tmp_path, caplog):
     caplog.set_level("INFO")
     val.main([*command, "--task", "speed"])
-    assert files_of(tmp_path / "runs/exp") == {"opt.yaml"}
+    assert files_of(tmp_path / "runs/exp") == {"opt.yaml", "results.json"}
+    report = json.loads((tmp_path / "runs/exp/results.json").read_text())
+    assert set(report) == {"imgsz", "images", "speed_ms"}
+    assert report["speed_ms"]["inference"] > 0
     assert "speed per image" in caplog.text
     assert "mAP" not in caplog.text
 
