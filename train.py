@@ -169,7 +169,11 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--nosave", action="store_true", help="write only the last checkpoint")
     group.add_argument("--noval", action="store_true", help="validate only the last epoch")
     group.add_argument(
-        "--resume", nargs="?", const=True, default=False, help="last.pt; default: the newest run"
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        help="run folder or its last.pt; default: the newest unfinished run",
     )
     return parser
 

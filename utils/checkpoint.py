@@ -86,6 +86,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: holds pickled objects, so it is not a checkpoint of this toolkit; a public "
             "YOLOv5 file can be given as --weights"
         )
+    return _read_plain(path)
+
+
+def _read_plain(path: Path) -> dict[str, Any]:
+    """The checked content of a file that `_is_plain`."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -115,7 +120,7 @@ def load_detector(path: Path, device: torch.device | str = "cpu") -> Detector:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
     if _is_plain(path):
-        content = load_checkpoint(path)
+        content = _read_plain(path)
         spec = ModelSpec.from_dict(content["spec"], str(path))
         names, state_dict = tuple(content["names"]), content["model"]
     else:

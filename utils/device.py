@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -116,8 +117,8 @@ def memory_text(device: torch.device) -> str:
 
 def _resident_bytes() -> int:
     try:
-        with open("/proc/self/statm") as file:  # noqa: PTH123 (a kernel interface, not a file)
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0  # not Linux: the figure is a convenience
 
