@@ -28,11 +28,14 @@ class Feature(NamedTuple):
 class Model(nn.Module):
     """A YOLOv5 v6 detector; `model` is the sequence of rows, its last row the head.
 
-    `routes` holds for each row the absolute numbers of the rows it reads, -1 for the image.
+    `routes` holds for each row the absolute numbers of the rows it reads, -1 for the image. Sides
+    of the input must be multiples of `max_stride` pixels: the coarsest tensor may be one that the
+    head does not read itself.
     """
 
     model: nn.Sequential
     routes: tuple[tuple[int, ...], ...]
+    max_stride: int
 
     def __init__(self, spec: ModelSpec) -> None:
         """Build the network with fresh weights.
@@ -44,6 +47,7 @@ class Model(nn.Module):
         builder = _Builder(spec)
         self.model = nn.Sequential(*builder.build())
         self.routes = tuple(builder.routes)
+        self.max_stride = math.ceil(max(feature.stride for feature in builder.features))
         if isinstance(spec.anchors, int):
             spec = spec.with_anchors(self.head.anchors_px.flatten(1).tolist())
         self.spec = spec
@@ -53,11 +57,6 @@ class Model(nn.Module):
     def head(self) -> Detect:
         """The detection head."""
         return cast(Detect, self.model[-1])
-
-    @property
-    def max_stride(self) -> int:
-        """Sides of the input must be multiples of this many pixels."""
-        return int(self.head.strides.max())
 
     def forward(self, x: Tensor) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Detect in images `[B, 3, H, W]`, RGB in 0-1, sides multiples of `max_stride`.

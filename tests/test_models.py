@@ -188,3 +188,14 @@ def test_wrong_keys_are_named(tiny_spec, change, words):
     with pytest.raises(ValueError, match=r"my\.yaml") as caught:
         Model(ModelSpec.from_dict({**tiny_spec, **change}, "my.yaml"))
     assert words in str(caught.value)
+
+
+def test_a_head_that_leaves_out_the_coarsest_level(pytestconfig):
+    """P3 and P4 alone, on a backbone that goes down to P5: inputs must suit all three."""
+    data = load_yaml(pytestconfig.rootpath / "models/yolov5n.yaml")
+    data["head"] = [*data["head"][:-1], [[17, 20], 1, "Detect", ["nc", "anchors"]]]
+    model = Model(ModelSpec.from_dict({**data, "anchors": data["anchors"][:2]})).eval()
+    assert model.head.strides.tolist() == [8, 16]
+    assert model.max_stride == 32
+    predictions, _ = model(torch.zeros(1, 3, model.max_stride, model.max_stride))
+    assert predictions.shape == (1, 3 * (4 * 4 + 2 * 2), 85)
