@@ -40,6 +40,13 @@ class Segment(NamedTuple):
 Layout = tuple[Segment, ...]
 
 
+class Term(NamedTuple):
+    """The output of the Conv block at `path` is added into a tensor, from `first_channel` on."""
+
+    path: str
+    first_channel: int
+
+
 @dataclasses.dataclass(frozen=True)
 class ChannelGroup:
     """Channels that share one keep mask.
@@ -59,12 +66,15 @@ class ChannelGroups:
     """All groups of a network by name, in the order of the network, and who uses them.
 
     `inputs` and `outputs` are given for every Conv block by its path; the convolutions of the head
-    (`24.m.0`) have inputs alone, because their outputs mean something by position.
+    (`24.m.0`) have inputs alone, because their outputs mean something by position. `terms` says of
+    the same inputs which outputs they are the sum of: several where a shortcut adds, at different
+    channels where a concatenation puts them in a row; the image has none.
     """
 
     groups: Mapping[str, ChannelGroup]
     inputs: Mapping[str, Layout]
     outputs: Mapping[str, Layout]
+    terms: Mapping[str, tuple[Term, ...]]
 
     @property
     def prunable(self) -> dict[str, ChannelGroup]:
@@ -90,7 +100,7 @@ def find_channel_groups(model: Model, shortcut: str = "keep") -> ChannelGroups:
     if shortcut not in SHORTCUT_RULES:
         raise ValueError(f"shortcut is {shortcut!r}, expected one of {', '.join(SHORTCUT_RULES)}")
     walk = _Walk(frozen_shortcuts=shortcut == "keep")
-    image = (walk.ties.new(3),)
+    image = _Tensor((walk.ties.new(3),), ())
     outputs: dict[int, _Tensor] = {-1: image}
     for index, row in enumerate(model.model):
         sources = [outputs[source] for source in model.routes[index]]
@@ -103,7 +113,14 @@ def conv_block(model: Model, path: str) -> Conv:
     return cast(Conv, model.model.get_submodule(path))
 
 
-_Tensor = tuple[int, ...]  # handles of segments, see _Ties
+_Segments = tuple[int, ...]  # handles of segments, see _Ties
+
+
+class _Tensor(NamedTuple):
+    """A tensor on its way through the network: what it consists of, and what was added up in it."""
+
+    segments: _Segments
+    terms: tuple[Term, ...]
 
 
 class _Ties:
@@ -111,7 +128,7 @@ class _Ties:
 
     def __init__(self) -> None:
         self._sizes: list[int] = []
-        self._parts: dict[int, _Tensor] = {}  # one part: the same as; several: consists of
+        self._parts: dict[int, _Segments] = {}  # one part: the same as; several: consists of
 
     def new(self, size: int) -> int:
         self._sizes.append(size)
@@ -120,15 +137,15 @@ class _Ties:
     def size(self, segment: int) -> int:
         return self._sizes[segment]
 
-    def resolve(self, tensor: _Tensor) -> _Tensor:
-        """The final segments a tensor consists of."""
+    def resolve(self, segments: _Segments) -> _Segments:
+        """The final segments these consist of."""
         resolved: list[int] = []
-        for segment in tensor:
+        for segment in segments:
             parts = self._parts.get(segment)
             resolved.extend((segment,) if parts is None else self.resolve(parts))
         return tuple(resolved)
 
-    def tie(self, a: _Tensor, b: _Tensor) -> None:
+    def tie(self, a: _Segments, b: _Segments) -> None:
         """Make two tensors of equal width channel by channel the same.
 
         Where their segments end at different channels the longer one is split; every step
@@ -155,7 +172,7 @@ class _Walk:
         self.frozen_shortcuts = frozen_shortcuts
         self.inputs: dict[str, _Tensor] = {}
         self.outputs: dict[str, _Tensor] = {}
-        self.frozen: list[_Tensor] = []
+        self.frozen: list[_Segments] = []
 
     def visit(self, module: nn.Module, path: str, sources: list[_Tensor], where: str) -> _Tensor:
         """Follow `sources` through one row, or one part of a row."""
@@ -174,32 +191,45 @@ class _Walk:
 
     def conv(self, module: Conv, path: str, sources: list[_Tensor]) -> _Tensor:
         (self.inputs[path],) = sources
-        self.outputs[path] = (self.ties.new(module.conv.out_channels),)
+        segments = (self.ties.new(module.conv.out_channels),)
+        self.outputs[path] = _Tensor(segments, (Term(path, 0),))
         return self.outputs[path]
 
     def bottleneck(self, module: Bottleneck, path: str, sources: list[_Tensor]) -> _Tensor:
         inner = self.conv(module.cv1, f"{path}.cv1", sources)
         outer = self.conv(module.cv2, f"{path}.cv2", [inner])
-        if module.add:
-            self.ties.tie(sources[0], outer)
-            if self.frozen_shortcuts:
-                self.frozen += [inner, outer]
-        return outer
+        if not module.add:
+            return outer
+        (source,) = sources
+        self.ties.tie(source.segments, outer.segments)
+        if self.frozen_shortcuts:
+            self.frozen += [inner.segments, outer.segments]
+        return _Tensor(outer.segments, source.terms + outer.terms)
 
     def c3(self, module: C3, path: str, sources: list[_Tensor]) -> _Tensor:
         deep = self.conv(module.cv1, f"{path}.cv1", sources)
         flat = self.conv(module.cv2, f"{path}.cv2", sources)
         for name, part in module.m.named_children():
             deep = self.bottleneck(cast(Bottleneck, part), f"{path}.m.{name}", [deep])
-        return self.conv(module.cv3, f"{path}.cv3", [deep + flat])
+        return self.conv(module.cv3, f"{path}.cv3", [self.in_a_row([deep, flat])])
 
     def spatial_pyramid(self, module: SPP | SPPF, path: str, sources: list[_Tensor]) -> _Tensor:
         level = self.conv(module.cv1, f"{path}.cv1", sources)
         num_levels = module.cv2.conv.in_channels // module.cv1.conv.out_channels
-        return self.conv(module.cv2, f"{path}.cv2", [level * num_levels])
+        return self.conv(module.cv2, f"{path}.cv2", [self.in_a_row([level] * num_levels)])
 
     def concat(self, module: Concat, path: str, sources: list[_Tensor]) -> _Tensor:
-        return tuple(segment for source in sources for segment in source)
+        return self.in_a_row(sources)
+
+    def in_a_row(self, sources: list[_Tensor]) -> _Tensor:
+        """Concatenate along the channels."""
+        segments: list[int] = []
+        terms: list[Term] = []
+        for source in sources:
+            shift = sum(self.ties.size(segment) for segment in segments)
+            terms += [Term(term.path, term.first_channel + shift) for term in source.terms]
+            segments += source.segments
+        return _Tensor(tuple(segments), tuple(terms))
 
     def pass_on(self, module: nn.Module, path: str, sources: list[_Tensor]) -> _Tensor:
         return sources[0]
@@ -207,16 +237,17 @@ class _Walk:
     def detect(self, module: Detect, path: str, sources: list[_Tensor]) -> _Tensor:
         for level, source in enumerate(sources):
             self.inputs[f"{path}.m.{level}"] = source
-        return ()
+        return _Tensor((), ())
 
     def result(self, image: _Tensor) -> ChannelGroups:
         """Name the segments and give each the paths that write it."""
-        frozen = {*image, *(s for tensor in self.frozen for s in self.ties.resolve(tensor))}
-        names = dict.fromkeys(image, IMAGE)
-        producers: dict[int, list[str]] = {segment: [] for segment in image}
+        fixed = image.segments
+        frozen = {*fixed, *(s for part in self.frozen for s in self.ties.resolve(part))}
+        names = dict.fromkeys(fixed, IMAGE)
+        producers: dict[int, list[str]] = {segment: [] for segment in fixed}
         for path, tensor in self.outputs.items():
             first_channel = 0
-            for segment in self.ties.resolve(tensor):
+            for segment in self.ties.resolve(tensor.segments):
                 names.setdefault(segment, f"{path}@{first_channel}" if first_channel else path)
                 producers.setdefault(segment, []).append(path)
                 first_channel += self.ties.size(segment)
@@ -228,12 +259,14 @@ class _Walk:
         }
 
         def layout(tensor: _Tensor) -> Layout:
-            return tuple(Segment(names[s], self.ties.size(s)) for s in self.ties.resolve(tensor))
+            segments = self.ties.resolve(tensor.segments)
+            return tuple(Segment(names[s], self.ties.size(s)) for s in segments)
 
         return ChannelGroups(
             groups,
             {path: layout(tensor) for path, tensor in self.inputs.items()},
             {path: layout(tensor) for path, tensor in self.outputs.items()},
+            {path: tensor.terms for path, tensor in self.inputs.items()},
         )
 
 

@@ -74,6 +74,22 @@ def _keep_indices(
     return everything | kept
 
 
+def dropped_inputs(
+    channel_groups: ChannelGroups, keep_masks: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Bool `[C]` by path of a consumer: which of its input channels go.
+
+    Raises:
+        ValueError: as `prune_model`.
+    """
+    keep_idx = _keep_indices(channel_groups, keep_masks)
+    dropped = {}
+    for path, layout in channel_groups.inputs.items():
+        dropped[path] = torch.ones(sum(s.size for s in layout), dtype=torch.bool)
+        dropped[path][_select(layout, keep_idx)] = False
+    return dropped
+
+
 def _select(layout: Layout, keep_idx: Mapping[str, Tensor]) -> Tensor:
     """Positions kept in a tensor that consists of these segments."""
     positions, first_channel = [], 0
