@@ -6,6 +6,8 @@
         --bn_sparsity --sparsity_rate 0.0005 --optimizer AdamW --name sparse
     python train.py --data data/bccd.yaml --weights runs/val/exp/pruned_model.pt \
         --ft_pruned_model --hyp hyp.finetune_prune.yaml --name finetune
+    python train.py --data data/bccd.yaml --weights runs/val/exp/pruned_model.pt \
+        --ft_pruned_model --teacher runs/train/exp/weights/best.pt --name distilled
     python train.py --resume runs/train/exp/weights/last.pt
 
 Results are in runs/train/exp*: weights/best.pt and last.pt, results.csv, pictures.
@@ -63,6 +65,12 @@ from utils.dataset import (
     round_imgsz,
     scan_split,
 )
+from utils.distill import (
+    DistillationGains,
+    DistillationLoss,
+    check_teacher,
+    have_same_anchors,
+)
 from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, evaluate
 from utils.loss import DetectionLoss, LossSettings
@@ -79,7 +87,16 @@ from utils.optim import (
 )
 from utils.plots import draw, plot_batch, plot_gamma_history, plot_labels, plot_results
 from utils.profile import count_gflops, count_parameters
-from utils.pruning.slimming import GammaStatistics, SparsityPenalty, gamma_statistics
+from utils.pruning.channel_groups import SHORTCUT_RULES
+from utils.pruning.forecast import Forecast, SparsityPlan, choose_auto_rate, plan_steps
+from utils.pruning.slimming import (
+    MODES,
+    GammaStatistics,
+    SparsityPenalty,
+    gamma_statistics,
+    median_gamma,
+    prunable_batchnorms,
+)
 from utils.run_dir import ResultsCsv, new_run_dir, save_options
 
 ROOT = Path(__file__).resolve().parent
@@ -94,8 +111,13 @@ NOT_FINITE_HELP = (
 GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
 LEAST_VALUES = {
     **dict.fromkeys(("epochs", "batch_size", "nominal_batch"), 1),
-    **dict.fromkeys(("workers", "patience", "sparsity_rate", "seed"), 0),
+    **dict.fromkeys(("workers", "patience", "sparsity_rate", "distill_gain", "seed"), 0),
     "imgsz": 32,
+}
+# A flag that does nothing without another.
+ACTS_ONLY_WITH = {
+    **dict.fromkeys(("--sparsity_rate", "--sparsity_mode", "--shortcut"), "--bn_sparsity"),
+    "--distill-gain": "--teacher",
 }
 # What a resumed run may be told anew; everything else comes from its checkpoint.
 RESUME_FLAGS = {"resume", "device", "workers"}
@@ -148,13 +170,43 @@ def build_parser() -> argparse.ArgumentParser:
         "--bn_sparsity", "--bn-sparsity", action="store_true", help="L1 penalty on BN gammas"
     )
     group.add_argument(
-        "--sparsity_rate", "--sparsity-rate", type=float, default=1e-4, help="its factor"
+        "--sparsity_rate",
+        "--sparsity-rate",
+        type=_number_or_auto,
+        default=1e-4,
+        help="its factor, or auto: what fits the gradients and the length of the run",
+    )
+    group.add_argument(
+        "--sparsity_mode",
+        "--sparsity-mode",
+        choices=MODES,
+        default="subgradient",
+        help="subgradient: joins the gradients (classic); proximal: after the step, exact zeros",
+    )
+    group.add_argument(
+        "--shortcut",
+        choices=SHORTCUT_RULES,
+        default="group",
+        help="what is penalised, and can be pruned: keep leaves out what touches a shortcut, "
+        "group takes everything",
     )
     group.add_argument(
         "--ft_pruned_model",
         "--ft-pruned-model",
         action="store_true",
         help="fine-tune the slim network in --weights; --cfg is not used",
+    )
+    group = parser.add_argument_group("distillation")
+    group.add_argument(
+        "--teacher",
+        default="",
+        help="checkpoint to learn from beside the labels, as the dense parent of a slim network",
+    )
+    group.add_argument(
+        "--distill-gain",
+        type=float,
+        default=1.0,
+        help="weight of the teacher; at 1 it counts about as much as the labels",
     )
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="", help="'' (best), cpu, mps, 0 or 0,1")
@@ -188,8 +240,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, s
         parser.error(f"--resume takes the options of the run; {flags} cannot be changed")
     if options.bn_sparsity and options.ft_pruned_model:
         parser.error("--bn_sparsity and --ft_pruned_model are different stages; give one of them")
-    if "sparsity_rate" in given and not options.bn_sparsity:
-        parser.error("--sparsity_rate acts only with --bn_sparsity")
+    for flag, needed in ACTS_ONLY_WITH.items():
+        if _option_name(flag) in given and not getattr(options, _option_name(needed)):
+            parser.error(f"{flag} acts only with {needed}")
     if not options.weights and not options.cfg:
         parser.error("--weights '' needs a network: give --cfg, for example --cfg yolov5n.yaml")
     if options.ft_pruned_model and not options.weights:
@@ -200,13 +253,28 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, s
         parser.error("--patience needs the validation that --noval leaves out")
     if options.image_weights and options.rect:
         parser.error("--image-weights draws images at random, --rect sorts them; give one of them")
+    _check_ranges(parser, options)
+    return options, given
+
+
+def _check_ranges(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for name, low in LEAST_VALUES.items():
         value = getattr(options, name)
-        if not low <= value < math.inf:
+        if value != "auto" and not low <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected at least {low}")
     if options.label_smoothing is not None and not 0 <= options.label_smoothing < 1:
         parser.error(f"--label-smoothing is {options.label_smoothing}, expected 0 to below 1")
-    return options, given
+
+
+def _number_or_auto(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, not {text!r}") from None
+
+
+def _option_name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def _given_flags(argv: Sequence[str] | None) -> set[str]:
@@ -233,6 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     inputs = find_inputs(options, resumed)
     precision = devices.select_precision(options.amp, device)
     model = build_network(inputs, options)
+    teacher = load_teacher(inputs, options, model)
     frozen_norms = freeze_rows(model, options)
     imgsz = round_imgsz(options.imgsz, model.max_stride)
     train_split, val_split = scan_splits(inputs.data, options)
@@ -244,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     run = build_run(options, inputs, model, imgsz, device, precision, len(train_loader), run_dir)
     run.frozen_norms = frozen_norms
+    add_teacher(run, teacher)
     if resumed:
         restore_run(run, resumed.content["training"])
     results = open_results(run, train_split, val_split)
@@ -307,7 +377,9 @@ def find_resumed(options: argparse.Namespace, given: set[str]) -> Resumed | None
             f"--resume {path}: the file is not in its run folder (<run>/weights/last.pt with "
             "<run>/opt.yaml); put it back there"
         )
-    merged = argparse.Namespace(**content["options"])
+    # A run of an older version does not know the newer flags.
+    defaults = vars(build_parser().parse_args([]))
+    merged = argparse.Namespace(**{**defaults, **content["options"]})
     for name in given - {"resume"}:
         setattr(merged, name, getattr(options, name))
     for left_over in path.parent.glob(".*.tmp"):  # of a killed writer
@@ -334,6 +406,7 @@ class Inputs(NamedTuple):
     hyp: Hyperparameters
     spec: ModelSpec
     source: Detector | None  # where the weights come from
+    teacher: Path | None
     data: DatasetSpec
 
 
@@ -348,13 +421,14 @@ def find_inputs(options: argparse.Namespace, resumed: Resumed | None) -> Inputs:
             hyp = dataclasses.replace(hyp, label_smoothing=options.label_smoothing)
         source = load_detector(find_weights(options.weights, ROOT)) if options.weights else None
         spec = choose_spec(options, hyp, source)
+    teacher = find_teacher(options, resumed)
     data = load_data(options)
     if resumed and list(data.names) != resumed.content["names"]:
         raise ValueError(
             f"{data.source}: the classes are {', '.join(data.names)}, but the run to resume has "
             f"{', '.join(resumed.content['names'])}"
         )
-    return Inputs(hyp, spec.with_num_classes(data.num_classes), source, data)
+    return Inputs(hyp, spec.with_num_classes(data.num_classes), source, teacher, data)
 
 
 def choose_spec(
@@ -403,6 +477,17 @@ def check_slim(
             f"{options.hyp}: anchors: {hyp.anchors} cannot be combined with --ft_pruned_model, "
             "which keeps the shape of the head"
         )
+
+
+def find_teacher(options: argparse.Namespace, resumed: Resumed | None) -> Path | None:
+    """The file of `--teacher`, which a resumed run needs as well."""
+    if not options.teacher:
+        return None
+    try:
+        return find_weights(options.teacher, ROOT)
+    except FileNotFoundError as error:
+        again = "; the run to resume learns from it, put it back there" if resumed else ""
+        raise FileNotFoundError(f"--teacher {error}{again}") from None
 
 
 def load_data(options: argparse.Namespace) -> DatasetSpec:
@@ -460,6 +545,24 @@ def build_network(inputs: Inputs, options: argparse.Namespace) -> Model:
             sum(Model(model.spec.with_widths({})).widths().values()),
         )
     return model
+
+
+def load_teacher(inputs: Inputs, options: argparse.Namespace, model: Model) -> Model | None:
+    """The network of `--teacher`, folded and frozen; it must answer what `model` answers.
+
+    Loaded after `model` is built, whose fresh weights are thus the same with and without it.
+    """
+    if inputs.teacher is None:
+        return None
+    teacher, names, _ = load_detector(inputs.teacher)
+    check_teacher(teacher, names, model, inputs.data.names, f"--teacher {options.teacher}")
+    LOGGER.info(
+        "teacher: %s, %s parameters; gain %g",
+        inputs.teacher,
+        f"{count_parameters(teacher):,}",
+        options.distill_gain,
+    )
+    return teacher.fuse().requires_grad_(False)
 
 
 def freeze_rows(model: Model, options: argparse.Namespace) -> list[nn.Module]:
@@ -581,6 +684,7 @@ class Run:
     schedule: Schedule
     scaler: torch.amp.GradScaler
     ema: ModelEma
+    plan: SparsityPlan  # of the whole run
     penalty: SparsityPenalty | None
     class_maps: np.ndarray  # [K] mAP@.5:.95 of each class after the last validation
     frozen_norms: list[nn.Module] = dataclasses.field(default_factory=list)
@@ -588,6 +692,13 @@ class Run:
     best_fitness: float = -1.0
     best_epoch: int = 0
     gammas: list[GammaStatistics] = dataclasses.field(default_factory=list)  # one an epoch
+    teacher: Model | None = None
+    distillation: DistillationLoss | None = None  # there if the teacher is
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The parts of the training loss."""
+        return LOSS_NAMES if self.distillation is None else (*LOSS_NAMES, "distill")
 
     def log_start(self, train_split: Split, val_split: Split) -> None:
         """Say what is about to happen."""
@@ -600,13 +711,15 @@ class Run:
             self.imgsz,
         )
         if self.penalty is not None:
-            channels = sum(bn.num_features for bn in self.penalty.batchnorms.values())
             LOGGER.info(
-                "sparse training: rate %g on |gamma| of %d channels in %d layers",
-                self.penalty.sparsity_rate,
-                channels,
+                "sparse training (%s, shortcuts: %s): rate %s on %d gammas in %d layers",
+                self.penalty.mode,
+                self.penalty.shortcut,
+                self.options.sparsity_rate,
+                self.penalty.num_channels,
                 len(self.penalty.batchnorms),
             )
+            log_forecast(self, self.penalty, self.first_epoch)
         LOGGER.info(
             "%d training and %d validation images; epochs %d to %d; results in %s",
             len(train_split.paths),
@@ -651,6 +764,12 @@ def build_run(
         # Adam normalises its steps: the bias rate meant for SGD would throw biases about.
         warmup_bias_lr=hyp.warmup_bias_lr if options.optimizer == "SGD" else 0.0,
     )
+    plan = SparsityPlan(
+        plan_steps(schedule, steps_per_epoch, options.batch_size),
+        options.epochs,
+        options.optimizer,
+        options.sparsity_mode,
+    )
     network: nn.Module = model
     if devices.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -670,7 +789,8 @@ def build_run(
         schedule=schedule,
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         ema=ModelEma(model),
-        penalty=build_penalty(options, model),
+        plan=plan,
+        penalty=build_penalty(options, model, plan),
         class_maps=np.zeros(inputs.data.num_classes),
     )
 
@@ -690,17 +810,37 @@ def loss_settings(hyp: Hyperparameters, model: Model, imgsz: int) -> LossSetting
     )
 
 
-def build_penalty(options: argparse.Namespace, model: Model) -> SparsityPenalty | None:
+def build_penalty(
+    options: argparse.Namespace, model: Model, plan: SparsityPlan
+) -> SparsityPenalty | None:
     """The L1 term on the gammas that prune.py can remove; None in other stages."""
     if not options.bn_sparsity:
         return None
-    penalty = SparsityPenalty(model, options.sparsity_rate, options.epochs)
-    frozen = [path for path, bn in penalty.batchnorms.items() if not bn.weight.requires_grad]
-    if len(frozen) == len(penalty.batchnorms):
+    batchnorms = prunable_batchnorms(model, options.shortcut)
+    frozen = [path for path, bn in batchnorms.items() if not bn.weight.requires_grad]
+    if len(frozen) == len(batchnorms):
         raise ValueError("--freeze leaves no layer that --bn_sparsity could make sparse")
     if frozen:
         LOGGER.warning("--freeze: no penalty on %d frozen layers, from %s", len(frozen), frozen[0])
-    return penalty
+    rate = options.sparsity_rate
+    if rate == "auto":
+        rate = choose_auto_rate(plan, median_gamma(batchnorms.values()))
+    return SparsityPenalty(model, rate, options.epochs, options.shortcut, options.sparsity_mode)
+
+
+def add_teacher(run: Run, teacher: Model | None) -> None:
+    """Let the run learn from the teacher, if there is one, with the gains that the labels have."""
+    if teacher is None:
+        return
+    if not have_same_anchors(teacher, run.model):
+        LOGGER.warning(
+            "warning: the anchors of the teacher are others; boxes are compared as they are, but "
+            "which anchor sees an object may be taught against the labels"
+        )
+    run.teacher = teacher.to(run.device, memory_format=torch.channels_last)
+    labels, gain = loss_settings(run.hyp, run.model, run.imgsz), run.options.distill_gain
+    gains = DistillationGains(box=gain * labels.box, obj=gain * labels.obj, cls=gain * labels.cls)
+    run.distillation = DistillationLoss(run.model.head.anchors, teacher.head.anchors, gains)
 
 
 def restore_run(run: Run, state: dict[str, Any]) -> None:
@@ -713,6 +853,8 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     run.first_epoch = run.options.epochs if state["is_last"] else state["epoch"] + 1
     run.best_fitness, run.best_epoch = state["best_fitness"], state["best_epoch"]
     run.class_maps = state["class_maps"].numpy()
+    if run.penalty is not None and "penalty" in state:  # versions before had none
+        run.penalty.load_state_dict(state["penalty"])
     run.gammas = [GammaStatistics(**row) for row in state["gammas"]]
     torch.set_rng_state(state["torch_rng"])
 
@@ -724,6 +866,7 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
         "ema": run.ema.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
+        "penalty": None if run.penalty is None else run.penalty.state_dict(),
         "epoch": epoch,
         "is_last": is_last,
         "best_fitness": run.best_fitness,
@@ -735,12 +878,12 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
 
 
 def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
-    """One pass over the training images; returns the mean box, objectness and class loss."""
+    """One pass over the training images; returns the mean of each of `run.loss_names`."""
     run.network.train()
     for norm in run.frozen_norms:
         norm.eval()
     loader.set_epoch(epoch)
-    sums = torch.zeros(3, device=run.device)
+    sums = torch.zeros(len(run.loss_names), device=run.device)
     pending = 0
     bar = tqdm(loader, desc=f"epoch {epoch}/{run.options.epochs - 1}", disable=devices.rank() != 0)
     for index, batch in enumerate(bar):
@@ -748,9 +891,7 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
         settings = run.schedule.at(step, epoch)
         set_step(run.optimizer, settings)
         images, targets = to_device(run, batch, epoch, index)
-        with torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32):
-            logits = run.network(images)
-        loss, parts = run.loss(logits, targets)
+        loss, parts = compute_loss(run, images, targets)
         check_finite(loss, batch, epoch)
         # Processes average their gradients; the loss is a sum over the whole batch.
         run.scaler.scale(loss * devices.world_size()).backward()
@@ -763,7 +904,7 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
             pending = 0
         sums += parts
         if index % 10 == 0 or index == len(loader) - 1:
-            show_progress(bar, sums / (index + 1), settings.lr, run.device)
+            show_progress(bar, run, sums / (index + 1), settings.lr)
         if epoch == 0 and index < 3 and devices.rank() == 0:
             picture = run.dir / f"train_batch{index}.jpg"
             draw(plot_batch, batch.images, batch.targets, batch.paths, run.names, picture)
@@ -784,6 +925,20 @@ def to_device(run: Run, batch: Batch, epoch: int, index: int) -> tuple[Tensor, T
     return images, batch.targets.to(run.device, non_blocking=True)
 
 
+def compute_loss(run: Run, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of a batch to minimise (scalar), and its parts in the order of `run.loss_names`."""
+    mixed = run.precision != torch.float32
+    with torch.autocast(run.device.type, run.precision, enabled=mixed):
+        logits = run.network(images)
+    loss, parts = run.loss(logits, targets)
+    if run.teacher is None or run.distillation is None:
+        return loss, parts
+    with torch.no_grad(), torch.autocast(run.device.type, run.precision, enabled=mixed):
+        _, wanted = run.teacher(images)
+    distillation, terms = run.distillation(logits, wanted)
+    return loss + distillation, torch.cat((parts, terms.sum(0, keepdim=True)))
+
+
 def check_finite(loss: Tensor, batch: Batch, epoch: int) -> None:
     """Stop before a step that would spoil weights and average."""
     if not torch.isfinite(loss):
@@ -798,26 +953,27 @@ def optimizer_step(run: Run, epoch: int) -> None:
     """Unscale, clip, add the sparsity term, step, average.
 
     The term follows unscaling and clipping and comes once per step, so that the rate means the
-    same with any precision, accumulation and gradient norm.
+    same with any precision, accumulation and gradient norm. Its proximal form follows the step.
     """
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRADIENT_NORM)
     if not run.scaler.is_enabled() and not torch.isfinite(norm):  # a scaler skips such steps
         raise FloatingPointError(f"a gradient is {norm.item()} in epoch {epoch}; {NOT_FINITE_HELP}")
     if run.penalty is not None:
-        run.penalty.add_to_gradients(epoch)
+        run.penalty.before_step(epoch, norm)
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    if run.penalty is not None:
+        run.penalty.after_step(epoch, norm, run.optimizer, run.ema.model)
     run.optimizer.zero_grad(set_to_none=True)
     run.ema.update(run.model)
 
 
-def show_progress(bar: tqdm, means: Tensor, lr: float, device: torch.device) -> None:
+def show_progress(bar: tqdm, run: Run, means: Tensor, lr: float) -> None:
     """Losses, learning rate and memory beside the bar; tqdm adds the time left."""
-    box, obj, cls = means.tolist()
-    bar.set_postfix_str(
-        f"box {box:.4f} obj {obj:.4f} cls {cls:.4f} lr {lr:.2g} mem {devices.memory_text(device)}"
-    )
+    losses = zip(run.loss_names, means.tolist(), strict=True)
+    text = " ".join(f"{name} {value:.4f}" for name, value in losses)
+    bar.set_postfix_str(f"{text} lr {lr:.2g} mem {devices.memory_text(run.device)}")
 
 
 def validate(run: Run, loader: Loader, epoch: int) -> EvaluationResult | None:
@@ -842,7 +998,7 @@ def log_epoch(
     result: EvaluationResult | None,
 ) -> None:
     """One row of `results.csv`, one line of log, and the pictures of the curves."""
-    row = {f"train/{name}_loss": loss for name, loss in zip(LOSS_NAMES, losses, strict=True)}
+    row = {f"train/{name}_loss": loss for name, loss in zip(run.loss_names, losses, strict=True)}
     line = f"epoch {epoch}: loss {sum(losses):.4f}"
     if result is not None:
         row["metrics/precision"], row["metrics/recall"] = result.precision, result.recall
@@ -853,7 +1009,7 @@ def log_epoch(
     for group in run.optimizer.param_groups:
         row[f"lr/{group['kind']}"] = group["lr"]
     if run.penalty is not None:
-        run.gammas.append(gamma_statistics(run.ema.model))
+        run.gammas.append(gamma_statistics(run.ema.model, run.penalty.shortcut))
         row["sparsity_rate"] = run.penalty.rate(epoch)
         row.update(run.gammas[-1].as_row())
         line += (
@@ -864,6 +1020,20 @@ def log_epoch(
             plot_gammas(run)
     results.append(epoch, row)
     LOGGER.info(line)
+    if run.penalty is not None and epoch == run.first_epoch:
+        log_forecast(run, run.penalty, epoch + 1)
+
+
+def log_forecast(run: Run, penalty: SparsityPenalty, first_epoch: int) -> None:
+    """Say how sparse the rest of the run can become; more is known after its first epoch."""
+    forecast = Forecast(
+        run.plan.rest(first_epoch),
+        penalty.sparsity_rate,
+        median_gamma(penalty.batchnorms.values()),
+        penalty.noise.sigma().item() or None,
+    )
+    for remark in forecast.remarks():
+        LOGGER.log(logging.WARNING if remark.is_warning else logging.INFO, remark.text)
 
 
 def plot_gammas(run: Run) -> None:

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -6,14 +8,21 @@ from models.spec import ModelSpec
 from models.yolo import Model
 from utils.pruning.channel_groups import find_channel_groups
 from utils.pruning.slimming import (
+    AutoRate,
+    GradientNoise,
     SparsityPenalty,
     add_l1_subgradient,
     beta_magnitude,
     gamma_importance,
     gamma_statistics,
+    median_gamma,
     prunable_batchnorms,
     scheduled_rate,
+    shrink_gamma,
+    zero_average,
 )
+
+FINITE, NOT_FINITE = torch.tensor(1.0), torch.tensor(float("inf"))
 
 
 @pytest.fixture
@@ -61,7 +70,7 @@ def test_beta_keeps_the_full_rate_while_that_of_gamma_falls(model):
     set_gammas(model, [0.5, -0.5])
     for bn in penalty.batchnorms.values():
         bn.weight.grad, bn.bias.grad = torch.zeros_like(bn.weight), torch.zeros_like(bn.bias)
-    penalty.add_to_gradients(epoch=2)
+    penalty.before_step(2, FINITE)
     bn = penalty.batchnorms["0"]
     rate = 0.01 * (1 - 0.9 * 2 / 4)
     torch.testing.assert_close(bn.weight.grad[:2], torch.tensor([rate, -rate]))
@@ -75,6 +84,139 @@ def test_what_the_classic_rule_freezes_is_not_penalised(model):
     frozen |= {f"4.m.{n}.cv{k}" for n in (0, 1) for k in (1, 2)}
     assert set(kept) == everything - frozen
     assert set(prunable_batchnorms(model, "group")) == everything
+    assert set(SparsityPenalty(model, 0.1, 1).batchnorms) == everything
+
+
+def test_the_penalty_acts_on_what_the_rule_lets_go(model):
+    for rule in ("keep", "group"):
+        trained = copy.deepcopy(model)
+        penalty = SparsityPenalty(trained, 0.5, 1, rule)
+        for parameter in trained.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        penalty.before_step(0, FINITE)
+        pushed = {n for n, p in trained.named_parameters() if p.grad.any()}
+        prunable = find_channel_groups(trained, rule).prunable
+        producers = {path for group in prunable.values() for path in group.producers}
+        assert pushed == {f"model.{path}.bn.weight" for path in producers}  # every beta is 0
+
+
+def test_tied_gammas_are_pushed_alike_whatever_their_size(model):
+    penalty = SparsityPenalty(model, 0.5, 1)
+    first, second = (penalty.batchnorms[path] for path in ("2.cv1", "2.m.0.cv2"))
+    second.weight.data.fill_(0.01)
+    for bn in penalty.batchnorms.values():
+        bn.weight.grad, bn.bias.grad = torch.zeros_like(bn.weight), torch.zeros_like(bn.bias)
+    penalty.before_step(0, FINITE)
+    assert torch.equal(first.weight.grad, second.weight.grad)
+
+
+def test_the_proximal_step_by_hand():
+    bn = nn.BatchNorm2d(5)
+    bn.weight.data = torch.tensor([0.5, -0.5, 0.1, -0.05, 0.0])
+    shrink_gamma([bn], 0.1)
+    torch.testing.assert_close(bn.weight.data, torch.tensor([0.4, -0.4, 0.0, 0.0, 0.0]))
+    assert bn.weight.count_nonzero() == 2
+    shrink_gamma([bn], torch.tensor(0.3))
+    torch.testing.assert_close(bn.weight.data, torch.tensor([0.1, -0.1, 0.0, 0.0, 0.0]))
+    frozen = nn.BatchNorm2d(2).requires_grad_(False)
+    shrink_gamma([frozen, bn], 1.0)
+    shrink_gamma([], 1.0)
+    assert frozen.weight.tolist() == [1, 1]
+    assert not bn.weight.any()
+
+
+def test_an_average_is_0_where_gamma_is_and_untouched_elsewhere():
+    averaged, live = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    averaged.weight.data = torch.tensor([0.3, -0.3, 1e-9, 0.2])
+    live.weight.data = torch.tensor([0.0, -1e-12, 0.0, 5.0])
+    zero_average([averaged], [live])
+    torch.testing.assert_close(averaged.weight.data, torch.tensor([0.0, -0.3, 0.0, 0.2]))
+    assert averaged.weight.count_nonzero() == 2
+
+
+def a_noise(width=3):
+    bn = nn.BatchNorm2d(width)
+    return bn, GradientNoise([bn.weight])
+
+
+def test_noise_is_the_median_rms_whatever_the_number_of_steps():
+    bn, noise = a_noise()
+    assert noise.sigma() == 0
+    torch.manual_seed(0)
+    scale = torch.tensor([0.01, 0.2, 3.0])
+    bn.weight.grad = scale * torch.tensor([1.0, -1.0, 1.0])
+    noise.take_in(torch.tensor(True))
+    assert noise.sigma().item() == pytest.approx(0.2, rel=1e-4)
+    for _ in range(2000):
+        bn.weight.grad = scale * torch.randn(3)
+        noise.take_in(torch.tensor(True))
+    assert noise.sigma().item() == pytest.approx(0.2, rel=0.1)
+
+
+def test_noise_passes_over_steps_that_are_left_out():
+    bn, noise = a_noise()
+    bn.weight.grad = torch.full((3,), 0.5)
+    noise.take_in(torch.tensor(True))
+    before = noise.sigma()
+    bn.weight.grad = torch.tensor([0.0, float("inf"), float("nan")])
+    noise.take_in(torch.tensor(False))
+    assert torch.equal(noise.sigma(), before)
+
+
+def test_noise_of_nothing_and_of_parameters_without_a_gradient():
+    GradientNoise([]).take_in(torch.tensor(True))
+    assert GradientNoise([]).sigma() == 0
+    _, noise = a_noise()
+    noise.take_in(torch.tensor(True))
+    assert noise.sigma() == 0
+
+
+def test_noise_goes_on_from_its_state():
+    bn, noise = a_noise()
+    bn.weight.grad = torch.tensor([0.1, 0.2, 0.3])
+    noise.take_in(torch.tensor(True))
+    resumed = GradientNoise([bn.weight])
+    resumed.load_state_dict(copy.deepcopy(noise.state_dict()))
+    for both in (noise, resumed):
+        both.take_in(torch.tensor(True))
+    assert torch.equal(noise.sigma(), resumed.sigma())
+
+
+def test_auto_follows_the_noise_and_decays(model):
+    penalty = SparsityPenalty(model, AutoRate(2.0), epochs=4)
+    bn = penalty.batchnorms["0"]
+    for other in penalty.batchnorms.values():
+        other.weight.grad = torch.full_like(other.weight, 0.01)
+        other.bias.grad = torch.zeros_like(other.bias)
+    bn.bias.data.fill_(1.0)
+    penalty.before_step(2, FINITE)
+    rate = 2 * 0.01 * (1 - 0.9 * 2 / 4)
+    assert penalty.rate(2) == pytest.approx(rate, rel=1e-4)
+    torch.testing.assert_close(bn.weight.grad, torch.full_like(bn.weight, 0.01 + rate))
+    torch.testing.assert_close(bn.bias.grad, torch.full_like(bn.bias, 10 * 2 * 0.01))
+
+
+def test_a_resumed_penalty_has_the_auto_rate_of_its_run(model):
+    penalty = SparsityPenalty(model, AutoRate(2.0, least=0.3, noise_gain=5.0), epochs=4)
+    for bn in penalty.batchnorms.values():
+        bn.weight.grad = torch.full_like(bn.weight, 0.04)
+    penalty.before_step(0, FINITE)
+    resumed = SparsityPenalty(copy.deepcopy(model), AutoRate(9.0), epochs=4)
+    resumed.load_state_dict(penalty.state_dict())
+    assert resumed.sparsity_rate == penalty.sparsity_rate
+    assert resumed.rate(1) == penalty.rate(1) > 0.3
+
+
+def test_median_gamma_looks_at_what_is_trained(model):
+    batchnorms = prunable_batchnorms(model)
+    for bn in batchnorms.values():
+        bn.weight.data.fill_(-0.5)
+    assert median_gamma(batchnorms.values()) == 0.5
+    batchnorms["0"].weight.requires_grad_(False).fill_(7)
+    assert median_gamma(batchnorms.values()) == 0.5
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen"):
+        median_gamma(batchnorms.values())
 
 
 def one_step(loss_scale, accumulate, rate):
@@ -116,6 +258,11 @@ def test_a_rate_of_zero_changes_nothing():
 def test_a_rate_that_is_no_rate_is_refused(model, rate):
     with pytest.raises(ValueError, match="expected a number from 0"):
         SparsityPenalty(model, rate, 10)
+
+
+def test_an_unknown_mode_is_refused(model):
+    with pytest.raises(ValueError, match="expected one of subgradient, proximal"):
+        SparsityPenalty(model, 0.1, 10, mode="exact")
 
 
 def test_a_fused_network_is_refused(model):

@@ -1,5 +1,6 @@
 """train.py end to end on four small images: steps, stages, resuming, refusals."""
 
+import copy
 import csv
 import dataclasses
 import os
@@ -14,7 +15,8 @@ import train
 from models import Model, ModelSpec
 from utils.checkpoint import build_checkpoint, load_checkpoint, load_detector, save_checkpoint
 from utils.loss import DetectionLoss
-from utils.pruning.slimming import SparsityPenalty
+from utils.optim import build_optimizer
+from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorms
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +110,11 @@ RESUME_CASES = {
     "dense SGD": [],
     "dense AdamW, image weights": ["--optimizer", "AdamW", "--image-weights", "--cos-lr"],
     "sparse, multi-scale": ["--bn_sparsity", "--sparsity_rate", "0.01", "--multi-scale"],
+    "sparse, auto": ["--bn_sparsity", "--sparsity_rate", "auto", "--optimizer", "AdamW"],
+    "sparse, auto, proximal": [
+        *("--bn_sparsity", "--sparsity_rate", "auto", "--sparsity_mode", "proximal"),
+        *("--shortcut", "keep"),
+    ],
 }
 
 
@@ -162,6 +169,40 @@ def test_sparse_run_reports_and_shrinks_gamma(base, tmp_path, draws):
     assert 0 <= float(rows[-1]["gamma/suggested_percent"]) < 1
 
 
+def test_proximal_run_saves_exact_zeros_and_spares_what_the_rule_keeps(base, tmp_path, caplog):
+    flags = ["--bn_sparsity", "--sparsity_mode", "proximal", "--sparsity_rate", "80"]
+    with caplog.at_level("INFO"):
+        train.main([*base, "--epochs", "6", *flags, "--shortcut", "keep"])
+    run = tmp_path / "runs/exp"
+    model = load_detector(run / "weights/last.pt").model
+    prunable = prunable_batchnorms(model, "keep")
+    gammas = torch.cat([bn.weight for bn in prunable.values()])
+    zeros = (gammas == 0).float().mean().item()
+    assert zeros > 0.5
+    row = results_of(run)[-1]
+    assert float(row["gamma/below_1e-3"]) >= zeros
+    others = [bn for p, bn in prunable_batchnorms(model, "group").items() if p not in prunable]
+    assert min(bn.weight.min() for bn in others) > 0.5
+    options = load_checkpoint(run / "weights/last.pt")["options"]
+    assert (options["shortcut"], options["sparsity_mode"]) == ("keep", "proximal")
+    assert "forecast: an unused channel can lose" in caplog.text
+
+
+def test_auto_says_what_it_has_chosen(base, tmp_path, caplog):
+    flags = ["--bn_sparsity", "--sparsity_rate", "auto", "--optimizer", "AdamW"]
+    with caplog.at_level("INFO"):
+        train.main([*base, "--epochs", "2", *flags])
+    assert "rate auto on" in caplog.text
+    assert "it cannot become sparse; give it" in caplog.text  # four steps
+    rates = [float(row["sparsity_rate"]) for row in results_of(tmp_path / "runs/exp")]
+    assert 0 < rates[1] < rates[0]
+    assert load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["options"]["sparsity_rate"] == (
+        "auto"
+    )
+    (chosen,) = [line for line in caplog.messages if " x the gradient noise 0." in line]
+    assert f"auto: rate {rates[0]:.3g} = " in chosen
+
+
 def build_step_run(tiny_spec, precision_scale: float):
     """A Run with just enough in it for `optimizer_step`."""
     torch.manual_seed(0)
@@ -187,6 +228,101 @@ def test_rate_means_the_same_with_loss_scaling_and_accumulation(tiny_spec, scale
     train.optimizer_step(run, epoch=0)
     for name, norm in run.penalty.batchnorms.items():
         torch.testing.assert_close(norm.weight.detach(), before[name] - 0.1 * 0.01)
+
+
+def build_proximal_run(tiny_spec, optimizer="SGD", scale=1.0, rate=0.5):
+    run = build_step_run(tiny_spec, scale)
+    run.optimizer = build_optimizer(run.model, optimizer, 0.1, 0.9, 0.01)
+    run.penalty = SparsityPenalty(run.model, rate, 10, mode="proximal")
+    return run
+
+
+def take_steps_without_loss(run, micro_batches, lrs):
+    """Optimizer steps with a loss that moves nothing; returns gamma of all penalised channels."""
+    for epoch, lr in enumerate(lrs):
+        for _ in range(micro_batches):
+            run.scaler.scale(sum((p * 0).sum() for p in run.model.parameters())).backward()
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        train.optimizer_step(run, epoch)
+    return torch.cat([bn.weight.detach() for bn in run.penalty.batchnorms.values()])
+
+
+LRS = (0.1, 0.3, 0.2, 0.25)
+LOST = sum(lr * 0.5 * (1 - 0.9 * epoch / 10) for epoch, lr in enumerate(LRS))
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize(("scale", "micro_batches"), [(1.0, 1), (1.0, 4), (65536.0, 1), (2.0, 4)])
+def test_proximal_step_depends_on_nothing_else(tiny_spec, optimizer, scale, micro_batches):
+    """Optimizer, loss scale and accumulation leave no trace: sum of lr * rate, to the last bit."""
+    reference = take_steps_without_loss(build_proximal_run(tiny_spec), 1, LRS)
+    torch.testing.assert_close(reference, torch.full_like(reference, 1 - LOST))
+    run = build_proximal_run(tiny_spec, optimizer, scale)
+    assert torch.equal(take_steps_without_loss(run, micro_batches, LRS), reference)
+    betas = torch.cat([bn.bias for bn in run.penalty.batchnorms.values()])
+    assert not betas.any()
+    assert torch.equal(take_steps_without_loss(run, 1, [5.0]), torch.zeros_like(reference))
+
+
+def test_the_average_takes_over_exact_zeros_alone(tiny_spec):
+    run = build_proximal_run(tiny_spec, rate=1.0)
+    bn = run.penalty.batchnorms["0"]
+    bn.weight.data = torch.tensor([0.05, -0.05, 0.3, 1.0]).repeat(2)
+    run.ema = train.ModelEma(run.model)
+    before = run.ema.model.model[0].bn.weight.clone()
+    take_steps_without_loss(run, 1, [0.1])
+    averaged = run.ema.model.model[0].bn.weight
+    assert bn.weight.tolist()[:2] == averaged.tolist()[:2] == [0, 0]
+    share = 1 - 0.9999 * (1 - torch.exp(torch.tensor(-1 / 2000)))
+    torch.testing.assert_close(averaged[2:4], before[2:4].lerp(bn.weight[2:4].detach(), share))
+
+
+def test_a_step_that_the_scaler_leaves_out_shrinks_nothing(tiny_spec):
+    run = build_proximal_run(tiny_spec, "AdamW", scale=65536.0)
+    before = take_steps_without_loss(run, 1, [0.1])
+    state = copy.deepcopy(run.penalty.state_dict())
+    for parameter in run.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    run.model.model[0].conv.weight.grad[0] = float("inf")
+    train.optimizer_step(run, epoch=1)
+    assert run.scaler.get_scale() == 65536 / 2  # it was left out
+    after = torch.cat([bn.weight.detach() for bn in run.penalty.batchnorms.values()])
+    assert torch.equal(before, after)
+    assert torch.equal(run.penalty.state_dict()["noise"]["steps"], state["noise"]["steps"])
+    assert (take_steps_without_loss(run, 1, [0.1]) < after).all()
+
+
+def train_in_two(rank, tiny_spec, folder, mode, rate):
+    """Three steps on images of this process's own, then one without loss."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/meet-{mode}", rank=rank, world_size=2
+    )
+    run = build_proximal_run(tiny_spec, "AdamW")
+    run.penalty = SparsityPenalty(run.model, rate, 10, mode=mode)
+    network = torch.nn.parallel.DistributedDataParallel(run.model.train())
+    torch.manual_seed(rank)
+    for _ in range(3):
+        sum(logits.square().mean() for logits in network(torch.rand(2, 3, 64, 64))).backward()
+        train.optimizer_step(run, epoch=0)
+    gammas = torch.cat([bn.weight.detach() for bn in run.penalty.batchnorms.values()])
+    alone = take_steps_without_loss(build_proximal_run(tiny_spec), 1, LRS)
+    state = run.penalty.state_dict()["noise"]
+    torch.save({"gammas": gammas, "alone": alone, **state}, folder / f"{mode}{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "rate"), [("proximal", 0.5), ("subgradient", AutoRate(1.5))])
+def test_two_processes_have_the_same_gammas(tiny_spec, tmp_path, mode, rate):
+    torch.multiprocessing.spawn(train_in_two, (tiny_spec, tmp_path, mode, rate), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{mode}{rank}.pt") for rank in (0, 1))
+    assert (first["gammas"] != 1).all()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(
+        first["alone"], take_steps_without_loss(build_proximal_run(tiny_spec), 1, LRS)
+    )
 
 
 def test_loss_falls_on_one_batch(tiny_spec):
@@ -225,6 +361,106 @@ def test_fine_tuning_keeps_the_slim_shape_also_when_resumed(
     assert load_detector(last).model.widths() == widths
     train.main(["--resume", str(last)])
     assert load_detector(last).model.widths() == widths
+
+
+@pytest.fixture
+def teacher(tiny_spec, tmp_path):
+    """A dense network of the same data set, with weights of its own."""
+    torch.manual_seed(7)
+    path = tmp_path / "teacher.pt"
+    model = Model(ModelSpec.from_dict(tiny_spec))
+    save_checkpoint(path, build_checkpoint(model, ("disc", "box", "bar")))
+    return path
+
+
+def test_teacher_of_gain_zero_changes_nothing(base, tmp_path, teacher):
+    flags = [*base, "--epochs", "2"]
+    train.main([*flags, "--name", "alone"])
+    train.main([*flags, "--name", "taught", "--teacher", str(teacher), "--distill-gain", "0"])
+    alone, taught = tmp_path / "runs/alone", tmp_path / "runs/taught"
+    assert_same_weights(
+        weights_of(alone / "weights/last.pt"), weights_of(taught / "weights/last.pt")
+    )
+    for before, after in zip(results_of(alone), results_of(taught), strict=True):
+        assert float(after.pop("train/distill_loss")) == 0
+        assert before == after
+
+
+def test_slim_network_approaches_its_teacher(base, slim_weights, tmp_path, teacher, caplog):
+    flags = ["--weights", str(slim_weights[0]), "--ft_pruned_model", "--optimizer", "AdamW"]
+    flags += ["--teacher", str(teacher), "--distill-gain", "20", "--amp", "bf16"]
+    before = weights_of(teacher)
+    with caplog.at_level("INFO"):
+        train.main([*base, *flags, "--epochs", "6"])
+    rows = results_of(tmp_path / "runs/exp")
+    losses = [float(row["train/distill_loss"]) for row in rows]
+    assert losses[-1] < 0.8 * losses[0]  # without the pull: 1.03
+    assert f"teacher: {teacher}, " in caplog.text
+    assert "anchors of the teacher" not in caplog.text
+    assert_same_weights(before, weights_of(teacher))
+    last = load_checkpoint(tmp_path / "runs/exp/weights/last.pt")
+    assert not any("teacher" in name for name in last["model"])
+
+
+def test_teacher_stays_as_it_is_and_gets_no_gradient(base, teacher, monkeypatch):
+    runs = []
+    add_teacher = train.add_teacher
+
+    def add_and_keep(run, network):
+        add_teacher(run, network)
+        runs.append((run, {k: v.clone() for k, v in network.state_dict().items()}))
+
+    monkeypatch.setattr(train, "add_teacher", add_and_keep)
+    train.main([*base, "--epochs", "1", "--teacher", str(teacher), "--bn_sparsity"])
+    run, before = runs[0]
+    assert_same_weights(before, run.teacher.state_dict())
+    assert not run.teacher.training
+    assert not any(p.requires_grad or p.grad is not None for p in run.teacher.parameters())
+
+
+def test_teacher_of_other_anchors_is_told(base, teacher, tmp_path, caplog):
+    content = load_checkpoint(teacher)
+    content["model"]["model.14.anchors"] *= 1.5
+    save_checkpoint(teacher, content)
+    train.main([*base, "--epochs", "1", "--teacher", str(teacher)])
+    assert "warning: the anchors of the teacher are others" in caplog.text
+
+
+def test_teacher_of_other_classes_is_refused_before_anything_is_written(base, tmp_path, teacher):
+    content = load_checkpoint(teacher)
+    save_checkpoint(teacher, {**content, "names": ["bar", "box", "disc"]})
+    with pytest.raises(ValueError, match=r"--teacher .*teacher.pt: class 0 is 'bar', but 'disc'"):
+        train.main([*base, "--epochs", "1", "--teacher", str(teacher)])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_resumed_run_needs_its_teacher(base, slim_weights, tmp_path, teacher, monkeypatch):
+    flags = [*base, "--weights", str(slim_weights[0]), "--ft_pruned_model", "--epochs", "2"]
+    flags += ["--teacher", str(teacher), "--distill-gain", "2"]
+    train.main([*flags, "--name", "whole"])
+    train_until(monkeypatch, 0, [*flags, "--name", "parts"])
+    parts, whole = tmp_path / "runs/parts", tmp_path / "runs/whole"
+    teacher.rename(tmp_path / "gone.pt")
+    with pytest.raises(FileNotFoundError, match=r"--teacher .* put it back there"):
+        train.main(["--resume", str(parts)])
+    (tmp_path / "gone.pt").rename(teacher)
+    train.main(["--resume", str(parts)])
+    assert_same_weights(
+        weights_of(parts / "weights/last.pt"), weights_of(whole / "weights/last.pt")
+    )
+    assert results_of(parts) == results_of(whole)
+
+
+def test_run_of_a_version_without_teachers_is_resumed(base, tmp_path, monkeypatch):
+    train_until(monkeypatch, 0, [*base, "--epochs", "2"])
+    last = tmp_path / "runs/exp/weights/last.pt"
+    content = load_checkpoint(last)
+    for name in ("teacher", "distill_gain"):
+        del content["options"][name]
+    save_checkpoint(last, content)
+    train.main(["--resume", str(last)])
+    assert load_checkpoint(last)["epoch"] == 1
 
 
 def test_pruned_yaml_trains_from_scratch(base, slim_weights, tmp_path):
@@ -408,15 +644,17 @@ def test_cfg_of_another_network_is_refused_when_fine_tuning(base, slim_weights):
 
 
 @pytest.mark.slow
-def test_two_processes_train_together(base, tmp_path):
+def test_two_processes_train_together(base, tmp_path, teacher):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", "train.py", *base, "--epochs", "2", "--bn_sparsity"]
+    command += ["--teacher", str(teacher)]
     done = subprocess.run(
         command, cwd=train.ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     )
     assert done.returncode == 0
     run = tmp_path / "runs/exp"
     assert [row["epoch"] for row in results_of(run)] == ["0", "1"]
+    assert all(float(row["train/distill_loss"]) > 0 for row in results_of(run))
     assert load_detector(run / "weights/last.pt").names == ("disc", "box", "bar")
     assert not (tmp_path / "runs/exp2").exists()  # only the first process writes
 
@@ -429,7 +667,13 @@ REFUSED = {
     "resume with options": (["--resume", "x.pt"], "cannot be changed"),
     "epochs": (["--epochs", "0"], "--epochs is 0"),
     "patience without validation": (["--noval", "--patience", "3"], "needs the validation"),
+    "rate of words": (["--bn_sparsity", "--sparsity_rate", "much"], "a number or auto, not 'much'"),
+    "mode without penalty": (["--sparsity_mode", "proximal"], "--sparsity_mode acts only with"),
+    "rule without penalty": (["--shortcut", "keep"], "--shortcut acts only with --bn_sparsity"),
     "rate not finite": (["--bn_sparsity", "--sparsity_rate", "nan"], "--sparsity-rate is nan"),
+    "gain without teacher": (["--distill-gain", "2"], "--distill-gain acts only with --teacher"),
+    "gain below 0": (["--teacher", "x.pt", "--distill-gain", "-1"], "--distill-gain is -1"),
+    "other teacher": (["--resume", "x.pt", "--teacher", "y.pt"], "teacher, "),
 }
 
 
@@ -448,6 +692,7 @@ def test_conflicts_are_refused_first(base, capsys, case):
         (["--data", "none.yaml"], FileNotFoundError, "none.yaml"),
         (["--cfg", "yolov5q.yaml"], FileNotFoundError, "yolov5q.yaml"),
         (["--weights", "none.pt"], FileNotFoundError, "none.pt"),
+        (["--teacher", "none.pt"], FileNotFoundError, "--teacher none.pt: no such file"),
         (["--hyp", "hyp.none.yaml"], FileNotFoundError, "hyp.none"),
         (["--freeze", "15"], ValueError, "expected a count below 15"),
         (["--bn_sparsity", "--freeze", "14"], ValueError, "no layer"),

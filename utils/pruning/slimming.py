@@ -1,12 +1,23 @@
 """The L1 term on gamma and what it does to gamma; which channels are tied is not known here.
 
-Reference: Liu et al. 2017, Network Slimming, arXiv:1708.06519, section 3.
+The classic way is the subgradient: lambda * sign(gamma) joins the gradients. Adam then divides it
+by the rms of what it meets, and no gamma ever is exactly 0. The proximal way takes the optimizer's
+step first and then moves every gamma by lr * lambda towards 0, where it stays if it arrives: that
+depends on nothing else, and the zeros are exact.
+
+Tied channels (`find_channel_groups`) are treated as equals: each gamma is penalised by itself. All
+gammas of a channel that is not used are driven to 0 alike, and it is the mean that is ranked.
+
+References: Liu et al. 2017, Network Slimming, arXiv:1708.06519, section 3; Ye et al. 2018,
+arXiv:1802.00124, for the proximal step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +27,18 @@ from models.yolo import Model
 from utils.pruning.channel_groups import ChannelGroups, conv_block, find_channel_groups
 from utils.pruning.keep_masks import suggested_percent
 
+MODES = ("subgradient", "proximal")
+
 RATE_DECAY = 0.9  # of the rate on gamma over the run; the last epoch has about a tenth
 BETA_FACTOR = 10.0  # beta is pushed harder, so that a channel with gamma 0 is also silent
+NOISE_MEMORY = 0.999  # of the running mean of squared gradients, as Adam's second moment
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # percentiles that go into results.csv
 
+# A rate: a number, or where it follows the gradients a tensor without dimensions on their device.
+Rate = TypeVar("Rate", float, Tensor, float | Tensor)
 
-def prunable_batchnorms(model: Model, shortcut: str = "keep") -> dict[str, nn.BatchNorm2d]:
+
+def prunable_batchnorms(model: Model, shortcut: str = "group") -> dict[str, nn.BatchNorm2d]:
     """The batch norms whose channels the rule may remove, by path of their Conv block.
 
     Raises:
@@ -41,14 +58,26 @@ def _batchnorms(model: Model, channel_groups: ChannelGroups) -> dict[str, nn.Bat
     return found
 
 
-def scheduled_rate(sparsity_rate: float, epoch: int, epochs: int) -> float:
+def median_gamma(batchnorms: Iterable[nn.BatchNorm2d]) -> float:
+    """The median of |gamma| over the channels that are trained.
+
+    Raises:
+        ValueError: all of them are frozen.
+    """
+    gammas = [bn.weight.detach() for bn in batchnorms if bn.weight.requires_grad]
+    if not gammas:
+        raise ValueError("all batch norms that could become sparse are frozen")
+    return float(torch.cat(gammas).abs().median())
+
+
+def scheduled_rate(sparsity_rate: Rate, epoch: int, epochs: int) -> Rate:
     """The rate on gamma in `epoch`, counted from 0: it falls linearly by `RATE_DECAY`."""
     return sparsity_rate * (1 - RATE_DECAY * epoch / epochs)
 
 
 @torch.no_grad()
 def add_l1_subgradient(
-    batchnorms: Iterable[nn.BatchNorm2d], gamma_rate: float, beta_rate: float
+    batchnorms: Iterable[nn.BatchNorm2d], gamma_rate: float | Tensor, beta_rate: float | Tensor
 ) -> None:
     """Add `gamma_rate * sign(gamma)` to the gradients of gamma, 10 x `beta_rate` to those of beta.
 
@@ -66,37 +95,195 @@ def add_l1_subgradient(
     _add_sign([bn.bias for bn in layers], BETA_FACTOR * beta_rate)
 
 
-def _add_sign(parameters: list[nn.Parameter], rate: float) -> None:
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if grads:
-        signs = torch._foreach_sign([p.detach() for p in parameters if p.grad is not None])
-        torch._foreach_add_(grads, signs, alpha=rate)
+def _add_sign(parameters: list[nn.Parameter], rate: float | Tensor) -> None:
+    trained = [p for p in parameters if p.grad is not None]
+    if trained:
+        terms = torch.cat([p.detach() for p in trained]).sign_().mul_(rate)
+        grads = [p.grad for p in trained if p.grad is not None]
+        torch._foreach_add_(grads, terms.split([len(p) for p in trained]))
+
+
+@torch.no_grad()
+def shrink_gamma(batchnorms: Iterable[nn.BatchNorm2d], threshold: float | Tensor) -> None:
+    """The proximal step: gamma becomes sign(gamma) * max(|gamma| - threshold, 0).
+
+    To be called after the optimizer's step, with its learning rate times lambda_l1; what is closer
+    to 0 than that becomes exactly 0. Frozen parameters stay. Never waits for the device.
+    """
+    gammas = [bn.weight.detach() for bn in batchnorms if bn.weight.requires_grad]
+    if gammas:
+        together = torch.cat(gammas)
+        limit = torch.as_tensor(threshold, dtype=together.dtype, device=together.device)
+        lost = torch.clamp(together, -limit, limit)  # all of it where |gamma| <= threshold
+        torch._foreach_sub_(gammas, lost.split([len(gamma) for gamma in gammas]))
+
+
+@torch.no_grad()
+def zero_average(averaged: Iterable[nn.BatchNorm2d], batchnorms: Iterable[nn.BatchNorm2d]) -> None:
+    """Let the average (EMA) of a gamma be exactly 0 where the gamma itself is exactly 0.
+
+    By itself it would only decay, by 1e-4 a step on a long run, and keep a channel half alive that
+    the network has done without for thousands of steps; what is validated, saved and pruned is the
+    average. The others of the averaged weights have followed a network in which that channel is
+    silent. One that comes back is averaged from 0 on.
+    """
+    pairs = [(a.weight, bn.weight.detach()) for a, bn in zip(averaged, batchnorms, strict=True)]
+    is_alive = torch._foreach_abs(torch._foreach_sign([gamma for _, gamma in pairs]))
+    torch._foreach_mul_([average for average, _ in pairs], is_alive)
+
+
+class GradientNoise:
+    """How large the gradients of gamma are that the loss gives: their running rms per channel.
+
+    The rms is nearly all noise: the mean gradient of a channel at rest is about 0. A penalty well
+    below it is lost in it, one well above it is stronger than what any channel is worth. State and
+    result are tensors on the device of the parameters; nothing here waits for it.
+    """
+
+    def __init__(self, gammas: Iterable[nn.Parameter]) -> None:
+        self._gammas = [gamma for gamma in gammas if gamma.requires_grad]
+        device = self._gammas[0].device if self._gammas else None
+        self._squares = torch.zeros(sum(map(len, self._gammas)), device=device)
+        self._steps = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def take_in(self, is_usable: Tensor) -> None:
+        """Take in the gradients of one step, unless they are those of a step not to be taken."""
+        if not self._gammas:
+            return
+        grads = [torch.zeros_like(g) if g.grad is None else g.grad for g in self._gammas]
+        squares = self._squares.lerp(torch.cat(grads).square(), 1 - NOISE_MEMORY)
+        self._squares = torch.where(is_usable, squares, self._squares)
+        self._steps = self._steps + is_usable
+
+    def sigma(self) -> Tensor:
+        """The median over the channels; without dimensions, 0 before the first step."""
+        if not self._gammas:
+            return self._steps
+        weight = -torch.expm1(self._steps * math.log(NOISE_MEMORY))  # the average started at 0
+        return (self._squares.median() / weight.clamp(min=1e-12)).sqrt()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was taken in so far."""
+        return {"squares": self._squares, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from `state_dict`."""
+        self._squares = state["squares"].to(self._squares, copy=True)
+        self._steps = state["steps"].to(self._steps, copy=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoRate:
+    """A rate that follows the gradient noise: max(strength * noise, least).
+
+    The noise is given in the units of the rate: sigma of `GradientNoise` times `noise_gain`. Where
+    the optimizer divides the gradients by their rms before the rate comes in (the proximal step
+    under Adam) it is 1, whatever sigma is: then `noise_gain` is None.
+    """
+
+    strength: float
+    least: float = 0.0
+    noise_gain: float | None = 1.0
+
+    def at(self, sigma: Tensor) -> float | Tensor:
+        """The rate before its decay over the epochs."""
+        if self.noise_gain is None:
+            return max(self.strength, self.least)
+        return (sigma * (self.strength * self.noise_gain)).clamp(min=self.least)
 
 
 class SparsityPenalty:
-    """The L1 term of one training run: which batch norms, how strong in which epoch."""
+    """The L1 term of one training run: which batch norms, how strong in which epoch.
+
+    `before_step` and `after_step` enclose every optimizer step. They do the same in all processes,
+    as the gradients they see are those of all.
+    """
 
     def __init__(
-        self, model: Model, sparsity_rate: float, epochs: int, shortcut: str = "keep"
+        self,
+        model: Model,
+        sparsity_rate: float | AutoRate,
+        epochs: int,
+        shortcut: str = "group",
+        mode: str = "subgradient",
     ) -> None:
         """`epochs` is the length of the whole run, a resumed part included.
 
         Raises:
-            ValueError: a negative rate, or a network without prunable batch norms.
+            ValueError: a negative rate, an unknown mode or a network without prunable batch norms.
         """
-        if not 0 <= sparsity_rate < float("inf"):
+        if isinstance(sparsity_rate, float | int) and not 0 <= sparsity_rate < float("inf"):
             raise ValueError(f"sparsity_rate is {sparsity_rate}, expected a number from 0")
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
         self.batchnorms = prunable_batchnorms(model, shortcut)
         self.sparsity_rate = sparsity_rate
         self.epochs = epochs
+        self.shortcut = shortcut
+        self.mode = mode
+        self.noise = GradientNoise(bn.weight for bn in self.batchnorms.values())
+
+    @property
+    def num_channels(self) -> int:
+        """How many gammas the rule lets go."""
+        return sum(bn.num_features for bn in self.batchnorms.values())
 
     def rate(self, epoch: int) -> float:
-        """The rate on gamma in `epoch`, counted from 0."""
-        return scheduled_rate(self.sparsity_rate, epoch, self.epochs)
+        """The rate on gamma in `epoch`, counted from 0; waits for the device where it is auto."""
+        return float(scheduled_rate(self._full_rate(), epoch, self.epochs))
 
-    def add_to_gradients(self, epoch: int) -> None:
-        """Add the term of `epoch`; when, `add_l1_subgradient` says."""
-        add_l1_subgradient(self.batchnorms.values(), self.rate(epoch), self.sparsity_rate)
+    def before_step(self, epoch: int, gradient_norm: Tensor) -> None:
+        """Look at the gradients and, as subgradient, join them; when, `add_l1_subgradient` says.
+
+        Args:
+            epoch: the current one, from 0.
+            gradient_norm: of all gradients. Where it is not finite a loss scaler leaves the step
+                out, so the gradients are not looked at.
+        """
+        self.noise.take_in(gradient_norm.isfinite())
+        if self.mode == "subgradient":
+            full = self._full_rate()
+            rate = scheduled_rate(full, epoch, self.epochs)
+            add_l1_subgradient(self.batchnorms.values(), rate, full)
+
+    def after_step(
+        self, epoch: int, gradient_norm: Tensor, optimizer: torch.optim.Optimizer, averaged: Model
+    ) -> None:
+        """Proximal mode: move gamma towards 0, unless the step was left out.
+
+        Args:
+            epoch: the current one, from 0.
+            gradient_norm: as for `before_step`; here it also says without waiting for the device
+                whether the loss scaler left the step out.
+            optimizer: its learning rate for gammas counts (parameter groups of `build_optimizer`).
+            averaged: the network of averaged weights, before it takes in this step.
+        """
+        if self.mode != "proximal":
+            return
+        lr = next(group["lr"] for group in optimizer.param_groups if group["kind"] == "norms")
+        rate = scheduled_rate(self._full_rate(), epoch, self.epochs)
+        shrink_gamma(self.batchnorms.values(), gradient_norm.isfinite() * (lr * rate))
+        averages = [conv_block(averaged, path).bn for path in self.batchnorms]
+        zero_average(averages, self.batchnorms.values())
+
+    def _full_rate(self) -> float | Tensor:
+        """The rate before its decay; it is what beta gets."""
+        if isinstance(self.sparsity_rate, AutoRate):
+            return self.sparsity_rate.at(self.noise.sigma())
+        return self.sparsity_rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run cannot find out again."""
+        rate = self.sparsity_rate
+        auto = dataclasses.asdict(rate) if isinstance(rate, AutoRate) else None
+        return {"noise": self.noise.state_dict(), "auto": auto}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.noise.load_state_dict(state["noise"])
+        if state["auto"] is not None:
+            self.sparsity_rate = AutoRate(**state["auto"])
 
 
 def gamma_importance(model: Model, channel_groups: ChannelGroups) -> dict[str, Tensor]:
@@ -152,7 +339,7 @@ class GammaStatistics:
         return row
 
 
-def gamma_statistics(model: Model, shortcut: str = "keep") -> GammaStatistics:
+def gamma_statistics(model: Model, shortcut: str = "group") -> GammaStatistics:
     """Take the statistics of `model`: pass the averaged one (EMA), which is what is pruned.
 
     Raises:
