@@ -54,7 +54,7 @@ class Stage(NamedTuple):
     name: str
     command: list[str]
     weights: Path
-    scores: Path  # results.csv, prune.json or results.json
+    scores: Path  # results.csv, report.json or results.json
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -141,7 +141,7 @@ def list_stages(options: argparse.Namespace, run_dir: Path) -> list[Stage]:
             "prune",
             ["prune.py", *weights(last), *cut, *to(pruned)],
             slim_model,
-            pruned / "prune.json",
+            pruned / "report.json",
         ),
         Stage(
             "fine-tune",
@@ -194,7 +194,7 @@ def read_scores(stage: Stage) -> tuple[float, float]:
     """mAP@.5 and mAP@.5:.95 of the stage's weights, as the stage wrote them down."""
     if stage.scores.suffix == ".json":
         report = json.loads(stage.scores.read_text(encoding="utf-8"))
-        report = report.get("after", report)  # prune.json holds both networks
+        report = report.get("after", report)  # report.json holds both networks
         return report["map50"], report["map50_95"]
     columns = read_results(stage.scores)
     pairs = list(zip(columns["metrics/mAP_0.5"], columns["metrics/mAP_0.5:0.95"], strict=True))

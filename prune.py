@@ -1,68 +1,106 @@
 """Remove the weakest channels of a sparse-trained YOLOv5 detector (network slimming).
 
-    python prune.py --percent 0.5 --weights runs/train/sparse/weights/last.pt --dry-run
-    python prune.py --percent 0.5 --weights runs/train/sparse/weights/last.pt \
-        --data data/bccd.yaml --imgsz 320
+    python prune.py --weights sparse.pt --data data/bccd.yaml --img 320 --percent 0.5
+    python prune.py --weights sparse.pt --data data/bccd.yaml --img 320 --sweep
+    python prune.py --weights sparse.pt --data data/bccd.yaml --img 320 --max-drop 0.01
+    python prune.py --weights sparse.pt --target-gflops 40% --dry-run
 
-All prunable channels are ranked by |gamma| of their batch norm; the weakest go. Results are in
-runs/val/exp*: pruned_model.pt (fine-tune it: train.py --ft_pruned_model --weights ...),
-pruned_model.yaml (train the slim network from scratch: train.py --cfg ...), prune.json.
+All prunable channels are ranked, the weakest go, and what they contributed on average is folded
+into the layers that read them. With --data training images are looked at for that, and mAP is
+measured before and after. The classic rule: --shortcut keep --importance gamma --compensate none.
+
+Results are in runs/val/exp*: pruned_model.pt (fine-tune it: train.py --ft_pruned_model
+--weights ...), pruned_model.yaml (train the slim network from scratch: train.py --cfg ...),
+report.html, report.json, pictures; of a sweep sweep.csv and sweep.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
+import functools
 import json
 import logging
 import math
+import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from models import Model, ModelSpec
 from models.blocks import Bottleneck
 from utils.checkpoint import Detector, build_checkpoint, load_detector, save_final
 from utils.command import run_command
 from utils.config import find_config, load_yaml
-from utils.dataset import (
-    RECT_PAD,
-    DetectionDataset,
-    Loader,
-    build_loader,
-    round_imgsz,
-    scan_split,
-)
+from utils.dataset import round_imgsz
 from utils.device import describe_device, select_device
 from utils.downloads import find_weights, open_dataset
-from utils.evaluate import EvaluationResult, check_class_names, evaluate
-from utils.profile import (
-    Latency,
-    compare_latency,
-    count_gflops,
-    count_parameters,
+from utils.evaluate import EvaluationResult, check_class_names
+from utils.image_files import read_image
+from utils.plots import (
+    draw,
+    plot_detections_pair,
+    plot_importance_threshold,
+    plot_layer_widths,
+    plot_sweep,
 )
-from utils.pruning.channel_groups import ChannelGroups, find_channel_groups
-from utils.pruning.keep_masks import KeepMasks, select_keep_masks, suggested_percent
+from utils.profile import Latency, compare_latency, count_gflops, count_parameters
+from utils.pruning.channel_groups import SHORTCUT_RULES, find_channel_groups
+from utils.pruning.compensate import COMPENSATIONS
+from utils.pruning.importance import DEFAULT_IMPORTANCE, IMPORTANCES
+from utils.pruning.keep_masks import KeepMasks, suggested_percent
+from utils.pruning.report import (
+    ClassRow,
+    Figures,
+    LayerRow,
+    Pictures,
+    Report,
+    SpeedRow,
+    comparison_rows,
+    describe_speed,
+    format_layers,
+    write_report,
+)
 from utils.pruning.rewrite import CUT_TOLERANCE, check_cut, mask_model, prune_model
-from utils.pruning.slimming import beta_magnitude, gamma_importance
+from utils.pruning.search import (
+    TARGET_UNITS,
+    Pruner,
+    Target,
+    build_pruner,
+    count_removed,
+    describe_removal,
+    parse_target,
+    ratio_for_cost,
+    ratio_for_drop,
+    ratio_for_latency,
+    removed_share,
+    why_nothing_goes,
+)
+from utils.pruning.slimming import gamma_importance
+from utils.pruning.sweep import SweepRow, find_knee, format_sweep, is_borne, sweep_csv
+from utils.pruning.trials import Measured, Trials, TrialSettings
+from utils.pruning.verdict import (
+    Readiness,
+    describe_readiness,
+    doubt_from_gamma,
+    measure_readiness,
+)
 from utils.run_dir import new_run_dir, save_options, write_text_atomic
 
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("prune")
 
-# A channel is near 0 when its |gamma| is below this share of the 90 % quantile of those that stay.
-# Measured on a sparse yolov5n (BCCD): up to a share of 0.05 the cut cost less than half a point of
-# mAP@.5, at 0.15 it cost 7.5. The median will not do: most of what stays may be near 0 as well.
-NEAR_ZERO = 0.1
+SWEEP_PERCENTS = tuple(step / 20 for step in range(2, 19))  # 10 % to 90 %
+DEFAULT_RECALIBRATION = 4  # batches, tried where there is a data set
+LATENCY_SECONDS = 1.0  # per network
+AMOUNTS = ("percent", "sweep", "target_gflops", "target_params", "target_latency", "max_drop")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,20 +108,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    group = parser.add_argument_group("pruning")
-    group.add_argument(
+    parser.add_argument(
         "--weights", required=True, help="checkpoint: ours, a public YOLOv5 .pt or a known name"
     )
-    group.add_argument(
-        "--percent",
-        type=float,
-        required=True,
-        help="share of the prunable channels to remove, from 0 to below 1",
-    )
-    group.add_argument(
+    parser.add_argument(
         "--cfg", default="", help="model yaml; stops if the checkpoint is another network"
     )
-    group.add_argument("--dry-run", action="store_true", help="print all tables, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print all tables, write nothing")
+    add_amount_flags(parser.add_argument_group("how much to remove (one of these)"))
+    add_choice_flags(parser.add_argument_group("what to remove, and how"))
     group = parser.add_argument_group("comparison before and after")
     group.add_argument("--data", default="", help="data set yaml; without it no mAP is measured")
     group.add_argument("--imgsz", "--img", "--img-size", type=int, default=640, help="pixels")
@@ -91,6 +124,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--conf-thres", type=float, default=0.001, help="least confidence, 0 to 1")
     group.add_argument("--iou-thres", type=float, default=0.6, help="of NMS, 0 to 1")
     group.add_argument("--single-cls", action="store_true", help="treat all classes as one")
+    group.add_argument(
+        "--latency-batch",
+        type=int,
+        nargs="+",
+        help="batch sizes to measure the speed at; default: 1, with --data also 16",
+    )
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="", help="'' (best), cpu, mps or 0")
     group.add_argument("--workers", type=int, default=8, help="loader processes, at most")
@@ -106,28 +145,135 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_amount_flags(group: argparse._ArgumentGroup) -> None:
+    """Percent, sweep and targets."""
+    group.add_argument(
+        "--percent",
+        type=float,
+        nargs="+",
+        help="share of the prunable channels to remove, from 0 to below 1; several make a sweep",
+    )
+    group.add_argument(
+        "--sweep", action="store_true", help="try 10 %% to 90 %%; the model at the knee is saved"
+    )
+    for quantity, described in (
+        ("gflops", "GFLOPs for one image of --imgsz, or a share such as 50%%"),
+        ("params", "parameters (800k, 1.2M), or a share"),
+        ("latency", "milliseconds for one image on the device in use, or a share"),
+    ):
+        group.add_argument(
+            f"--target-{quantity}",
+            type=functools.partial(target_flag, quantity),
+            metavar="TARGET",
+            help=f"what may be left: {described}",
+        )
+    group.add_argument(
+        "--max-drop",
+        type=float,
+        help="remove the most that costs at most this much mAP@.5 on the validation images",
+    )
+
+
+def target_flag(quantity: str, text: str) -> Target:
+    """What argparse calls for --target-*."""
+    try:
+        return parse_target(text, TARGET_UNITS[quantity])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_choice_flags(group: argparse._ArgumentGroup) -> None:
+    """Rule, importance, compensation, floors."""
+    group.add_argument(
+        "--shortcut",
+        choices=SHORTCUT_RULES,
+        help="keep: leave bottlenecks with a shortcut alone; group: cut channels that a shortcut "
+        "adds together; default: as in the sparse training, else group",
+    )
+    group.add_argument(
+        "--importance",
+        choices=IMPORTANCES,
+        default=DEFAULT_IMPORTANCE,
+        help="what channels are ranked by; default: %(default)s",
+    )
+    group.add_argument(
+        "--compensate",
+        choices=COMPENSATIONS,
+        help="what dropped channels are replaced by; default: linear with --data, else mean",
+    )
+    group.add_argument(
+        "--calibration-images", type=int, default=64, help="training images to learn that from"
+    )
+    group.add_argument(
+        "--recalibrate",
+        type=int,
+        metavar="N",
+        help="re-estimate the BN statistics on N batches of 16 training images, 0: never; default: "
+        f"{DEFAULT_RECALIBRATION} with --data, kept only if mAP@.5:.95 is higher with it",
+    )
+    group.add_argument("--min-channels", type=int, default=1, help="every layer keeps so many")
+    group.add_argument("--round-to", type=int, default=1, help="keep multiples of this, such as 8")
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check what can be checked without reading files."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    if not 0 <= options.percent < 1:
-        hint = ""
-        if 1 <= options.percent <= 100:
-            hint = f"; for {options.percent:g} % type {options.percent / 100:g}"
-        parser.error(
-            f"--percent is a share, from 0 to below 1, and was given as {options.percent:g}{hint}"
-        )
-    if options.percent == 0 and not options.dry_run:
-        parser.error("--percent 0 removes nothing; add --dry-run to see the tables alone")
+    check_amount(parser, options)
     for name in ("conf_thres", "iou_thres"):
         if not 0 <= getattr(options, name) <= 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected 0 to 1")
-    for name, low in (("imgsz", 32), ("batch_size", 1), ("workers", 0)):
-        if getattr(options, name) < low:
-            parser.error(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least {low}"
-            )
+            parser.error(f"{flag_of(name)} is {getattr(options, name)}, expected 0 to 1")
+    for name, low in (
+        ("imgsz", 32),
+        ("batch_size", 1),
+        ("workers", 0),
+        ("calibration_images", 1),
+        ("recalibrate", 0),
+        ("min_channels", 1),
+        ("round_to", 1),
+        ("latency_batch", 1),
+    ):
+        given = getattr(options, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < low:
+                parser.error(f"{flag_of(name)} is {value}, expected at least {low}")
+    needs_images = (
+        ("--max-drop", options.max_drop is not None),
+        ("--recalibrate", bool(options.recalibrate)),
+        ("--compensate linear", options.compensate == "linear"),
+    )
+    for flag, is_given in needs_images:
+        if is_given and not options.data:
+            parser.error(f"{flag} needs images: give --data")
     return options
+
+
+def flag_of(name: str) -> str:
+    """As it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def check_amount(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exactly one way to say how much, and a number that can be meant."""
+    given = [name for name in AMOUNTS if getattr(options, name) not in (None, False)]
+    flags = [flag_of(name) for name in (given or AMOUNTS)]
+    if not given:
+        parser.error(f"say how much to remove: {', '.join(flags[:-1])} or {flags[-1]}")
+    if len(given) > 1:
+        parser.error(f"{' and '.join(flags)} exclude each other; give one of them")
+    for percent in options.percent or []:
+        if not 0 <= percent < 1:
+            hint = f"; for {percent:g} % type {percent / 100:g}" if 1 <= percent < 100 else ""
+            parser.error(
+                f"--percent is a share, from 0 to below 1, and was given as {percent:g}{hint}"
+            )
+    if options.percent and not any(options.percent) and not options.dry_run:
+        parser.error("--percent 0 removes nothing; add --dry-run to see the tables alone")
+    if options.max_drop is not None and not 0 <= options.max_drop < 1:
+        hint = ""
+        if 1 <= options.max_drop < 100:
+            hint = f"; {options.max_drop:g} points are typed as {options.max_drop / 100:g}"
+        parser.error(f"--max-drop is {options.max_drop:g}, expected 0 to below 1{hint}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -135,12 +281,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     device = select_device(options.device)
-    if options.dry_run:
-        prune(options, device, None)
-        LOGGER.info("dry run: nothing was written")
-        return
-    with open_run_dir(options) as run_dir:
-        prune(options, device, run_dir)
+    with collect_warnings() as warnings:
+        if options.dry_run:
+            prune(options, device, None, warnings)
+            LOGGER.info("dry run: nothing was written")
+            return
+        with open_run_dir(options) as run_dir:
+            prune(options, device, run_dir, warnings)
+
+
+@contextlib.contextmanager
+def collect_warnings() -> Iterator[list[str]]:
+    """A list that every warning logged meanwhile is added to, for the report."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if text.startswith("warning: "):  # not what is said elsewhere in the report
+                messages.append(text.removeprefix("warning: "))
+
+    collector = Collector(logging.WARNING)
+    logging.getLogger().addHandler(collector)
+    try:
+        yield messages
+    finally:
+        logging.getLogger().removeHandler(collector)
 
 
 @contextlib.contextmanager
@@ -162,49 +328,88 @@ def open_run_dir(options: argparse.Namespace) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def prune(options: argparse.Namespace, device: torch.device, run_dir: Path | None) -> None:
-    """Prune and compare; save into the run folder if there is one."""
+def prune(
+    options: argparse.Namespace, device: torch.device, run_dir: Path | None, warnings: list[str]
+) -> None:
+    """Choose how much, cut, compare; save into the run folder if there is one."""
     detector = load_detector(find_weights(options.weights, ROOT))
-    model = detector.model
     if options.cfg:
-        check_is_network(model, load_cfg(options.cfg), options)
-    imgsz = round_imgsz(options.imgsz, model.max_stride)
-    loader = load_data(options, detector, imgsz) if options.data else None
+        check_is_network(detector.model, load_cfg(options.cfg), options)
+    imgsz = round_imgsz(options.imgsz, detector.model.max_stride)
+    shortcut = choose_shortcut(options, detector)
+    trials = open_trials(options, detector, imgsz, device) if options.data else None
+    pruner = rank_channels(options, detector, imgsz, shortcut, trials)
+    clock = functools.partial(compare_latency, imgsz=imgsz, device=device, seconds=LATENCY_SECONDS)
 
-    channel_groups = find_channel_groups(model)
-    importance = gamma_importance(model, channel_groups)
-    keep = select_keep_masks(importance, options.percent)
-    suggested = suggested_percent(importance)
-    pruned = prune_model(model, channel_groups, keep.masks)
-    print_layers(model, pruned, channel_groups, keep)
-    print_choice(suggested, keep)
-    warn_if_not_sparse(importance, beta_magnitude(model, channel_groups), keep)
-    check_is_smaller(keep, options)
-
-    masked = mask_model(model, channel_groups, keep.masks)
-    difference = verify_cut(pruned, masked)
-    evaluations = evaluate_both(model, pruned, loader, detector.names, options, device)
-    latencies = compare_latency([model, pruned], imgsz, device)
-    before, after = describe_both(model, pruned, evaluations, latencies, detector.names, imgsz)
+    readiness = judge(pruner, detector, trials)
+    sweep = run_sweep(options, pruner, trials, clock, run_dir)
+    percent = choose_percent(options, pruner, trials, clock, sweep)
+    if percent is None:
+        return
+    cut = make_cut(options, pruner, percent)
+    if trials is None:
+        doubt(pruner, cut.keep)
+    compared = compare(options, pruner.model, cut.model, trials)
+    speeds = measure_speeds(options, pruner.model, compared.slim, clock)
+    before = describe_network(pruner.model, compared.before, speeds[0].before_ms, detector, imgsz)
+    after = describe_network(compared.slim, compared.after, speeds[0].after_ms, detector, imgsz)
     print_comparison(before, after, device, imgsz)
-    print_speed_up(latencies[1], device)
+    print_speeds(options, speeds, before.gflops / after.gflops, device)
     if run_dir is None:
         return
-    report = {
-        "weights": str(options.weights),
-        "data": str(options.data),
-        "imgsz": imgsz,
-        "device": describe_device(device),
-        "percent": options.percent,
-        "suggested_percent": suggested,
-        "threshold": keep.threshold,
-        "cut_difference": difference,
-        "before": dataclasses.asdict(before),
-        "after": dataclasses.asdict(after),
-        "speed_up": list(latencies[1][1:]),  # times as fast; lowest, highest
-        "layers": layer_rows(model, pruned, channel_groups, keep),
-    }
-    save_results(run_dir, options, pruned, detector.names, report)
+    report = Report(
+        command=shlex.join(["python", "prune.py", *sys.argv[1:]]),
+        weights=str(options.weights),
+        data=str(options.data),
+        imgsz=imgsz,
+        device=describe_device(device),
+        percent=percent,
+        target=describe_target(options),
+        shortcut=shortcut,
+        importance=options.importance,
+        compensate=pruner.compensation,
+        recalibrate=compared.recalibrated,
+        min_channels=options.min_channels,
+        round_to=options.round_to,
+        suggested_percent=suggested_percent(pruner.importance, options.min_channels),
+        threshold=cut.keep.threshold,
+        cut_difference=cut.difference,
+        removed=removed_share(cut.keep),
+        before=before,
+        after=after,
+        speed_up=(speeds[0].speed_up, speeds[0].speed_up_low, speeds[0].speed_up_high),
+        layers=layer_rows(pruner, cut),
+        widths=compared.slim.widths(),
+        speeds=speeds,
+        classes=class_rows(compared),
+        sweep=sweep,
+        knee=find_knee(sweep),
+        verdict="" if readiness is None else describe_readiness(readiness, history(detector)),
+        readiness=None if readiness is None else dataclasses.asdict(readiness),
+        warnings=tuple(warnings),
+    )
+    pictures = draw_pictures(run_dir, pruner, cut, compared, report)
+    save_results(run_dir, options, percent, compared.slim, detector.names)
+    save_report(run_dir, report, pictures)
+
+
+def history(detector: Detector) -> Mapping[str, Any]:
+    """Options of the training run that the checkpoint comes from."""
+    return detector.checkpoint.get("options") or {}
+
+
+def describe_target(options: argparse.Namespace) -> str:
+    """What led to the percent, if it was not given: `target-gflops 50%`."""
+    for name in AMOUNTS[1:]:
+        value = getattr(options, name)
+        if value not in (None, False):
+            return flag_of(name)[2:] + ("" if value is True else f" {plain_text(value)}")
+    return ""
+
+
+def plain_text(value: Any) -> Any:
+    """An option as it was typed."""
+    return value.text if isinstance(value, Target) else value
 
 
 def load_cfg(name: str) -> ModelSpec:
@@ -240,138 +445,295 @@ def _describe_row(row: nn.Module, sources: tuple[int, ...]) -> tuple[Any, ...]:
     return sources, repr(row), shortcuts
 
 
-def load_data(options: argparse.Namespace, detector: Detector, imgsz: int) -> Loader:
-    """Batches of the validation images; gets the data set if it is not there yet.
+def choose_shortcut(options: argparse.Namespace, detector: Detector) -> str:
+    """The rule for tied channels: as demanded, else as the sparse training had it."""
+    trained = history(detector)
+    rule = trained.get("shortcut") or "keep" if trained.get("bn_sparsity") else None
+    if options.shortcut is None:
+        LOGGER.info(
+            "--shortcut %s, as %s",
+            rule or "group",
+            "in the sparse training" if rule else "no sparse training says otherwise",
+        )
+        return rule or "group"
+    if rule == "keep" and options.shortcut == "group":
+        LOGGER.warning(
+            "warning: the sparse training left the shortcuts alone (--shortcut keep), but now "
+            "their channels may go as well"
+        )
+    return options.shortcut
+
+
+def open_trials(
+    options: argparse.Namespace, detector: Detector, imgsz: int, device: torch.device
+) -> Trials:
+    """Open the data set; gets it if it is not there yet.
 
     Raises:
         ValueError: the data set has other classes than the network.
     """
-    data = open_dataset(options.data, splits=("val",), allow_scripts=options.allow_download_scripts)
+    num_recalibration = options.recalibrate
+    if num_recalibration is None:
+        num_recalibration = DEFAULT_RECALIBRATION
+    num_calibration = options.calibration_images if needs_statistics(options) else 0
+    data = open_dataset(
+        options.data,
+        splits=("train", "val") if num_calibration or num_recalibration else ("val",),
+        allow_scripts=options.allow_download_scripts,
+    )
     if not options.single_cls:
         check_class_names(detector.names, data.names, options.weights, str(data.source))
-    split = scan_split(
-        data.val,
-        data.names,
-        single_cls=options.single_cls,
-        cache=not options.dry_run,
-        workers=options.workers,
-    )
-    dataset = DetectionDataset(
-        split,
-        imgsz,
-        hyp=None,
-        rect=True,
-        batch_size=options.batch_size,
+    settings = TrialSettings(
+        imgsz=imgsz,
         stride=detector.model.max_stride,
-        pad=RECT_PAD,
-        cache=None,
-        seed=0,
+        device=device,
+        batch_size=options.batch_size,
+        conf_thres=options.conf_thres,
+        iou_thres=options.iou_thres,
+        single_cls=options.single_cls,
+        workers=options.workers,
+        keeps_scan=not options.dry_run,
     )
-    return build_loader(dataset, options.batch_size, workers=options.workers, shuffle=False, seed=0)
+    return Trials(
+        data,
+        detector.names,
+        settings,
+        num_calibration=num_calibration,
+        num_recalibration=num_recalibration,
+    )
 
 
-def layer_rows(
-    model: Model, pruned: Model, channel_groups: ChannelGroups, keep: KeepMasks
-) -> list[dict[str, Any]]:
+def needs_statistics(options: argparse.Namespace) -> bool:
+    """Whether activations play a part."""
+    return options.importance != "gamma" or options.compensate not in ("none", "constant")
+
+
+def rank_channels(
+    options: argparse.Namespace,
+    detector: Detector,
+    imgsz: int,
+    shortcut: str,
+    trials: Trials | None,
+) -> Pruner:
+    """Everything that decides what goes first, and how it is made up for."""
+    statistics = None
+    if trials is not None and needs_statistics(options):
+        channel_groups = find_channel_groups(detector.model, shortcut)
+        statistics = trials.input_statistics(detector.model, channel_groups)
+    return build_pruner(
+        detector.model,
+        imgsz,
+        shortcut=shortcut,
+        importance=options.importance,
+        compensation=options.compensate or ("mean" if trials is None else "linear"),
+        statistics=statistics,
+        min_channels=options.min_channels,
+        round_to=options.round_to,
+    )
+
+
+def judge(pruner: Pruner, detector: Detector, trials: Trials | None) -> Readiness | None:
+    """Measure and say whether the network is ready; None without images."""
+    if trials is None:
+        return None
+    readiness = measure_readiness(pruner, trials.quick_map50)
+    text = describe_readiness(readiness, history(detector))
+    LOGGER.log(logging.INFO if readiness.is_ready else logging.WARNING, "\n%s", text)
+    LOGGER.info("(measured on %d validation images)\n", trials.num_few)
+    return readiness
+
+
+def run_sweep(
+    options: argparse.Namespace,
+    pruner: Pruner,
+    trials: Trials | None,
+    clock: Callable[..., list[Latency]],
+    run_dir: Path | None,
+) -> tuple[SweepRow, ...]:
+    """Cut by each percent, measure, print and save the table; empty if there is one percent."""
+    if not options.sweep and len(options.percent or []) < 2:
+        return ()
+    percents = sorted({0.0, *(options.percent or SWEEP_PERCENTS)})
+    keeps = [pruner.select(percent) for percent in percents]
+    slim = [cut_as_saved(options, pruner, trials, keep) for keep in keeps[1:]]
+    networks = [pruner.model, *slim]
+    rows = []
+    for percent, keep, network, latency in zip(
+        percents, keeps, networks, clock(networks), strict=True
+    ):
+        result = trials.measure(network).result if trials else None
+        row = SweepRow(
+            percent=percent,
+            removed=removed_share(keep),
+            parameters=count_parameters(network),
+            gflops=pruner.gflops(keep),
+            latency_ms=latency.milliseconds,
+            speed_up=latency.speed_up,
+            map50=result.map50 if result else None,
+            map50_95=result.map50_95 if result else None,
+        )
+        rows.append(row)
+    LOGGER.info("%s\n", format_sweep(rows, find_knee(rows)))
+    if run_dir is not None:
+        save_plain_options(run_dir, options)
+        write_text_atomic(run_dir / "sweep.csv", sweep_csv(rows))
+        table = [dataclasses.asdict(row) for row in rows]
+        draw(plot_sweep, table, find_knee(rows), run_dir / "sweep.png")
+        LOGGER.info("saved %s and sweep.png", run_dir / "sweep.csv")
+    return tuple(rows)
+
+
+def cut_as_saved(
+    options: argparse.Namespace, pruner: Pruner, trials: Trials | None, keep: KeepMasks
+) -> Model:
+    """A candidate as it would be saved: re-calibrated if that is demanded."""
+    slim = pruner.cut(keep)
+    return trials.recalibrated(slim) if trials and options.recalibrate else slim
+
+
+def choose_percent(
+    options: argparse.Namespace,
+    pruner: Pruner,
+    trials: Trials | None,
+    clock: Callable[..., list[Latency]],
+    sweep: Sequence[SweepRow],
+) -> float | None:
+    """The share of channels to ask for; None where a sweep found none worth saving.
+
+    Raises:
+        ValueError: a target is out of reach.
+    """
+    if sweep:
+        return choose_knee(sweep)
+    if options.percent:
+        return options.percent[0]
+    if options.max_drop is not None:
+        assert trials is not None
+        percent = search_drop(options, pruner, trials)
+    elif options.target_latency is not None:
+        percent = search_latency(options.target_latency, pruner, clock)
+    elif options.target_gflops is not None:
+        percent = ratio_for_cost(pruner, pruner.gflops, options.target_gflops, "GFLOPs")
+    else:
+        percent = ratio_for_cost(pruner, pruner.parameters, options.target_params, "parameters")
+    LOGGER.info("--%s is met by --percent %.4g", describe_target(options), percent)
+    return percent
+
+
+def choose_knee(sweep: Sequence[SweepRow]) -> float | None:
+    """The percent at the knee, if anything goes there."""
+    knee = find_knee(sweep)
+    if knee is not None and sweep[knee].removed:
+        LOGGER.info("the network at the knee, --percent %g, is saved", sweep[knee].percent)
+        return sweep[knee].percent
+    if sweep[0].map50 is None:
+        reason = "without mAP there is no knee (give --data)"
+    elif knee is None:
+        reason = "the network detects nothing that could be lost"
+    else:
+        reason = "every percent costs more than a point of mAP@.5"
+    LOGGER.warning(
+        "warning: no network of the sweep is saved: %s; choose one with --percent", reason
+    )
+    return None
+
+
+def search_drop(options: argparse.Namespace, pruner: Pruner, trials: Trials) -> float:
+    """The largest cut that costs at most --max-drop of mAP@.5 on all validation images."""
+
+    def score(percent: float) -> float:
+        keep = pruner.select(percent)
+        network = cut_as_saved(options, pruner, trials, keep) if percent else pruner.model
+        map50 = trials.measure(network).result.map50
+        LOGGER.info("--percent %.2f: mAP@.5 %.4f", percent, map50)
+        return map50
+
+    return ratio_for_drop(score, options.max_drop)
+
+
+def search_latency(target: Target, pruner: Pruner, clock: Callable[..., list[Latency]]) -> float:
+    """The smallest cut that is measured to be as fast as wanted."""
+
+    def measure(percent: float) -> tuple[float, float]:
+        dense, slim = clock([pruner.model, pruner.cut(pruner.select(percent))])
+        left = dense.milliseconds / slim.speed_up
+        LOGGER.info("--percent %.2f: %.2f of %.2f ms", percent, left, dense.milliseconds)
+        return dense.milliseconds, left
+
+    return ratio_for_latency(pruner, measure, target)
+
+
+class Cut(NamedTuple):
+    """A network cut and proved, not yet measured."""
+
+    keep: KeepMasks
+    model: Model
+    difference: float  # relative, of the proof
+
+
+def make_cut(options: argparse.Namespace, pruner: Pruner, percent: float) -> Cut:
+    """Cut by a percent, say what goes, and prove that the cut is right."""
+    keep = pruner.select(percent)
+    compensated = pruner.compensated(keep)
+    cut = Cut(keep, prune_model(compensated, pruner.channel_groups, keep.masks), 0.0)
+    LOGGER.info("%s", format_layers(layer_rows(pruner, cut)))
+    print_choice(options, pruner, keep)
+    check_is_smaller(pruner, keep, percent, options)
+    masked = mask_model(compensated, pruner.channel_groups, keep.masks)
+    return cut._replace(difference=verify_cut(cut.model, masked))
+
+
+def layer_rows(pruner: Pruner, cut: Cut) -> tuple[LayerRow, ...]:
     """Per convolution block: channels before and after, and why they are as they are."""
-    widths = pruned.widths()
-    return [
-        {
-            "layer": path,
-            "before": width,
-            "after": widths[path],
-            "prunable": channel_groups.is_prunable(path),
-            "floored": any(s.group in keep.floored for s in channel_groups.outputs[path]),
-        }
-        for path, width in model.widths().items()
-    ]
-
-
-def print_layers(
-    model: Model, pruned: Model, channel_groups: ChannelGroups, keep: KeepMasks
-) -> None:
-    """The table of channels before and after."""
-    LOGGER.info("%-14s %8s %8s %6s", "layer", "channels", "after", "kept")
-    for row in layer_rows(model, pruned, channel_groups, keep):
-        note = "" if row["prunable"] else "frozen (shortcut)"
-        note = "floor: one channel" if row["floored"] else note
-        share = row["after"] / row["before"]
-        columns = (row["layer"], row["before"], row["after"], share, note)
-        LOGGER.info("%s", "{:<14} {:8d} {:8d} {:6.0%}  {}".format(*columns).rstrip())
-    total, left = (sum(network.widths().values()) for network in (model, pruned))
-    LOGGER.info("%-14s %8d %8d %6.0f%%", "all", total, left, 100 * left / total)
-
-
-def print_choice(suggested: float, keep: KeepMasks) -> None:
-    """Threshold and suggestion, and a word where the masks are not what was asked for."""
-    total = sum(len(mask) for mask in keep.masks.values())
-    removed = count_removed(keep)
-    LOGGER.info(
-        "threshold: |gamma| >= %.4g stays; %d of %d prunable channels go (%.1f %%)",
-        keep.threshold,
-        removed,
-        total,
-        100 * removed / total,
+    widths, added = cut.model.widths(), cut.keep.added
+    channel_groups = pruner.channel_groups
+    return tuple(
+        LayerRow(
+            layer=path,
+            before=width,
+            after=widths[path],
+            prunable=channel_groups.is_prunable(path),
+            added=sum(added.get(s.group, 0) for s in channel_groups.outputs[path]),
+        )
+        for path, width in pruner.model.widths().items()
     )
+
+
+def print_choice(options: argparse.Namespace, pruner: Pruner, keep: KeepMasks) -> None:
+    """Threshold and suggestion, and a word where the masks are not what was asked for."""
+    ranking = "|gamma|" if options.importance == "gamma" else f"importance ({options.importance})"
+    LOGGER.info("threshold: %s >= %.4g stays; %s", ranking, keep.threshold, describe_removal(keep))
     LOGGER.info(
-        "suggested percent: %.4f (the most that leaves every layer a channel; it says nothing "
-        "about mAP)",
-        math.floor(suggested * 1e4) / 1e4,
+        "suggested percent: %.4f (the most that leaves every layer %s; it says nothing about mAP)",
+        math.floor(suggested_percent(pruner.importance, options.min_channels) * 1e4) / 1e4,
+        "a channel" if options.min_channels == 1 else f"{options.min_channels} channels",
     )
     if keep.floored:
         LOGGER.warning(
-            "warning: every channel of %s lies below the threshold; the strongest one stays",
+            "warning: fewer than %d channel(s) of %s reach the threshold; the strongest stay",
+            options.min_channels,
             ", ".join(keep.floored),
         )
+    if options.round_to > 1 and keep.added:
+        LOGGER.info(
+            "%d channels stay for --round-to %d and --min-channels %d alone",
+            sum(keep.added.values()),
+            options.round_to,
+            options.min_channels,
+        )
 
 
-def count_removed(keep: KeepMasks) -> int:
-    """Channels that go."""
-    return sum(int((~mask).sum()) for mask in keep.masks.values())
-
-
-def warn_if_not_sparse(
-    importance: Mapping[str, Tensor], betas: Mapping[str, Tensor], keep: KeepMasks
+def check_is_smaller(
+    pruner: Pruner, keep: KeepMasks, percent: float, options: argparse.Namespace
 ) -> None:
-    """One line where what goes is not silent, measured against what stays."""
-    gamma_kept = torch.cat([importance[name][mask] for name, mask in keep.masks.items()])
-    gamma_cut = torch.cat([importance[name][~mask] for name, mask in keep.masks.items()])
-    beta_cut = torch.cat([betas[name][~mask] for name, mask in keep.masks.items()])
-    if not len(gamma_cut):
-        return
-    largest_gamma, typical = float(gamma_cut.max()), float(gamma_kept.quantile(0.9))
-    large_beta = float(beta_cut.quantile(0.95))
-    if largest_gamma > NEAR_ZERO * typical:
-        LOGGER.warning(
-            "warning: channels with |gamma| up to %.3g go, against %.3g of strong ones that stay: "
-            "they are not near 0, expect mAP to fall. Train longer with --bn_sparsity, with a "
-            "larger --sparsity_rate, or remove less",
-            largest_gamma,
-            typical,
-        )
-    elif large_beta > NEAR_ZERO * typical:
-        LOGGER.warning(
-            "warning: gamma is near 0 in all channels that go, but |beta| is %.3g or more in 5 %% "
-            "of them (|gamma| of strong ones that stay: %.3g): they are constant, not silent, "
-            "expect mAP to fall. Train longer with --bn_sparsity",
-            large_beta,
-            typical,
-        )
-
-
-def check_is_smaller(keep: KeepMasks, options: argparse.Namespace) -> None:
     """Stop before a network is measured and saved as pruned that is not; a dry run goes on.
 
     Raises:
         ValueError: nothing is removed.
     """
-    if count_removed(keep) or options.percent == 0:
+    if count_removed(keep) or percent == 0:
         return
-    reason = (
-        f"nothing is removed: no |gamma| is below {keep.threshold:.4g}, the value at --percent "
-        f"{options.percent:g}; where all are alike, train with --bn_sparsity first, else give a "
-        "larger --percent"
-    )
+    reason = f"nothing is removed: {why_nothing_goes(pruner, keep)}"
     if not options.dry_run:
         raise ValueError(f"{reason}. Nothing was saved")
     LOGGER.warning("warning: %s", reason)
@@ -399,72 +761,83 @@ def verify_cut(pruned: Model, masked: Model) -> float:
     return difference
 
 
-def evaluate_both(
-    model: Model,
-    pruned: Model,
-    loader: Loader | None,
-    names: tuple[str, ...],
-    options: argparse.Namespace,
-    device: torch.device,
-) -> list[EvaluationResult] | None:
-    """Same images, thresholds and precision (float32) for both; None without data."""
-    if loader is None:
-        return None
-    return [
-        evaluate(
-            copy.deepcopy(network).to(device),
-            loader,
-            names,
-            device=device,
-            conf_thres=options.conf_thres,
-            iou_thres=options.iou_thres,
-            single_cls=options.single_cls,
-        )
-        for network in (model, pruned)
-    ]
+def doubt(pruner: Pruner, keep: KeepMasks) -> None:
+    """Where nothing is measured, one line if gamma says that mAP will fall."""
+    text = doubt_from_gamma(pruner, keep)
+    if text:
+        LOGGER.warning("warning: %s", text)
 
 
-@dataclasses.dataclass(frozen=True)
-class Figures:
-    """What one network can do and what it costs."""
+class Compared(NamedTuple):
+    """The slim network as it is saved, and what both detect; None without images."""
 
-    precision: float | None  # None: not measured, there was no data set
-    recall: float | None
-    map50: float | None
-    map50_95: float | None
-    channels: int
-    parameters: int
-    gflops: float  # 2 x MACs, at imgsz
-    file_mb: float  # 1e6 bytes, in half precision as saved
-    latency_ms: float  # one image, float32
+    slim: Model
+    recalibrated: int  # batches
+    before: Measured | None
+    after: Measured | None
 
 
-def describe_both(
-    model: Model,
-    pruned: Model,
-    evaluations: list[EvaluationResult] | None,
-    latencies: list[Latency],
-    names: tuple[str, ...],
-    imgsz: int,
-) -> tuple[Figures, Figures]:
-    """Accuracy from the evaluations, time from the latencies, and the sizes of both networks."""
-    before, after = (
-        Figures(
-            precision=result.precision if result else None,
-            recall=result.recall if result else None,
-            map50=result.map50 if result else None,
-            map50_95=result.map50_95 if result else None,
-            channels=sum(network.widths().values()),
-            parameters=count_parameters(network),
-            gflops=count_gflops(network, imgsz),
-            file_mb=file_size(network, names) / 1e6,
-            latency_ms=latency.milliseconds,
-        )
-        for network, result, latency in zip(
-            (model, pruned), evaluations or (None, None), latencies, strict=True
-        )
+def compare(
+    options: argparse.Namespace, model: Model, pruned: Model, trials: Trials | None
+) -> Compared:
+    """Measure before and after.
+
+    Re-calibration, unless a number of batches was demanded, is kept only where it measures better.
+    """
+    if trials is None:
+        return Compared(pruned, 0, None, None)
+    before = trials.measure(model)
+    if not trials.num_recalibration:
+        return Compared(pruned, 0, before, trials.measure(pruned))
+    again = trials.recalibrated(pruned)
+    if options.recalibrate:
+        return Compared(again, trials.num_recalibration, before, trials.measure(again))
+    with_it, without = trials.measure(again).result, trials.measure(pruned).result
+    is_kept = with_it.map50_95 > without.map50_95
+    if options.max_drop is not None:
+        is_kept &= is_borne(with_it.map50, before.result.map50, options.max_drop)
+    LOGGER.info(
+        "BN re-calibration: mAP@.5:.95 %.4f with it, %.4f without: %s",
+        with_it.map50_95,
+        without.map50_95,
+        "kept" if is_kept else "left out",
     )
-    return before, after
+    if is_kept:
+        return Compared(again, trials.num_recalibration, before, trials.measure(again))
+    return Compared(pruned, 0, before, trials.measure(pruned))
+
+
+def measure_speeds(
+    options: argparse.Namespace, model: Model, slim: Model, clock: Callable[..., list[Latency]]
+) -> tuple[SpeedRow, ...]:
+    """Per batch size the times of both networks."""
+    rows = []
+    for size in options.latency_batch or ([1, 16] if options.data else [1]):
+        before, after = clock([model, slim], batch_size=size)
+        rows.append(SpeedRow(size, before.milliseconds, *after))
+    return tuple(rows)
+
+
+def describe_network(
+    model: Model,
+    measured: Measured | None,
+    latency_ms: float,
+    detector: Detector,
+    imgsz: int,
+) -> Figures:
+    """Accuracy, time, and sizes."""
+    result = measured.result if measured else None
+    return Figures(
+        precision=result.precision if result else None,
+        recall=result.recall if result else None,
+        map50=result.map50 if result else None,
+        map50_95=result.map50_95 if result else None,
+        channels=sum(model.widths().values()),
+        parameters=count_parameters(model),
+        gflops=count_gflops(model, imgsz),
+        file_mb=file_size(model, detector.names) / 1e6,
+        latency_ms=latency_ms,
+    )
 
 
 def file_size(model: Model, names: Sequence[str]) -> int:
@@ -478,61 +851,123 @@ def file_size(model: Model, names: Sequence[str]) -> int:
 def print_comparison(before: Figures, after: Figures, device: torch.device, imgsz: int) -> None:
     """The table before/after."""
     LOGGER.info("\n%-24s %12s %12s %12s", "", "before", "after", "change")
-    accuracy = (
-        ("precision", "P"),
-        ("recall", "R"),
-        ("map50", "mAP@.5"),
-        ("map50_95", "mAP@.5:.95"),
-    )
-    for field, title in accuracy:
-        old, new = getattr(before, field), getattr(after, field)
-        if old is not None and new is not None:
-            LOGGER.info("%-24s %12.4f %12.4f %+12.4f", title, old, new, new - old)
-    for field, title, form in (
-        ("channels", "channels", "{:,}"),
-        ("parameters", "parameters", "{:,}"),
-        ("gflops", f"GFLOPs at {imgsz} px", "{:.3f}"),
-        ("file_mb", "file size, MB", "{:.3f}"),
-        ("latency_ms", f"latency on {device}, ms", "{:.2f}"),
-    ):
-        old, new = getattr(before, field), getattr(after, field)
-        change = f"{100 * (new / old - 1):+.1f} %"
-        LOGGER.info("%-24s %12s %12s %12s", title, form.format(old), form.format(new), change)
+    for row in comparison_rows(before, after, imgsz, str(device)):
+        LOGGER.info("%-24s %12s %12s %12s", *row)
     if before.map50 is None:
         LOGGER.info("mAP was not measured: give --data to compare it")
 
 
-def print_speed_up(latency: Latency, device: torch.device) -> None:
-    """The ratio with its spread, and a plain word where it may be noise."""
-    ratio = "{:.2f}x ({:.2f}-{:.2f})".format(*latency[1:])
-    if latency.speed_up_low > 1:
-        LOGGER.info("speed: %s faster on %s, one image", ratio, device)
-    else:
-        LOGGER.warning(
-            "warning: not faster on %s: %s, one image. Fewer channels save time only where "
-            "arithmetic takes it, so not in small or lightly pruned networks",
-            device,
-            ratio,
+def print_speeds(
+    options: argparse.Namespace,
+    speeds: Sequence[SpeedRow],
+    flops_ratio: float,
+    device: torch.device,
+) -> None:
+    """Per batch size how much faster; a warning where it is not, or less than was wanted."""
+    for row in speeds:
+        text = describe_speed(row, flops_ratio, str(device))
+        is_faster = row.speed_up_low > 1
+        LOGGER.log(
+            logging.INFO if is_faster else logging.WARNING,
+            "%s: %s",
+            "speed" if is_faster else "warning",
+            text,
         )
+        if options.target_latency is None or row.batch_size != 1:
+            continue
+        wanted = options.target_latency.of(row.before_ms)
+        if row.before_ms / row.speed_up > wanted:
+            LOGGER.warning(
+                "warning: measured again, it takes %.2f ms, not the %.2f of --target-latency: the "
+                "machine is busy; measure on an idle one, or aim lower",
+                row.before_ms / row.speed_up,
+                wanted,
+            )
+
+
+def class_rows(compared: Compared) -> tuple[ClassRow, ...]:
+    """Accuracy per class that has labels."""
+    if compared.before is None or compared.after is None:
+        return ()
+    before: EvaluationResult = compared.before.result
+    old, new = before.ap_result, compared.after.result.ap_result
+    columns = (old.classes, old.num_labels, old.ap50, new.ap50, old.ap.mean(1), new.ap.mean(1))
+    return tuple(
+        ClassRow(before.names[int(number)], int(count), *map(float, figures))
+        for number, count, *figures in zip(*columns, strict=True)
+    )
+
+
+def draw_pictures(
+    run_dir: Path, pruner: Pruner, cut: Cut, compared: Compared, report: Report
+) -> Pictures:
+    """Draw what the report shows; what cannot be drawn is a warning."""
+    draw(
+        plot_layer_widths,
+        [row.layer for row in report.layers],
+        [row.before for row in report.layers],
+        [row.after for row in report.layers],
+        run_dir / "layers.png",
+    )
+    gamma = gamma_importance(pruner.model, pruner.channel_groups)
+    draw(
+        plot_importance_threshold,
+        torch.cat(list(gamma.values())),
+        torch.cat([cut.keep.masks[name] for name in gamma]),
+        report.threshold if report.importance == "gamma" else None,
+        run_dir / "gamma.png",
+    )
+    sweep = run_dir / "sweep.png" if report.sweep else None
+    detections = draw_detections(run_dir, compared)
+    return Pictures(run_dir / "layers.png", run_dir / "gamma.png", sweep, detections)
+
+
+def draw_detections(run_dir: Path, compared: Compared) -> dict[str, Path]:
+    """Some validation images with what both networks find; the files by name of the image."""
+    if compared.before is None or compared.after is None:
+        return {}
+    pictures = {}
+    for number, (path, found) in enumerate(sorted(compared.before.detections.items())):
+        pictures[f"{number + 1}: {Path(path).name}"] = out = run_dir / f"detections{number}.jpg"
+        draw(
+            plot_detections_pair,
+            read_image(path)[..., ::-1],
+            found,
+            compared.after.detections[path],
+            compared.before.result.names,
+            ("before", "after, not fine-tuned"),
+            out,
+        )
+    return pictures
 
 
 def save_results(
     run_dir: Path,
     options: argparse.Namespace,
+    percent: float,
     pruned: Model,
     names: tuple[str, ...],
-    report: dict[str, Any],
 ) -> None:
-    """Write the checkpoint, its yaml and the figures."""
-    save_options(run_dir / "opt.yaml", vars(options))
-    origin = {"weights": str(options.weights), "percent": options.percent}
+    """Write the options, the checkpoint and its yaml."""
+    save_plain_options(run_dir, options)
+    origin = {"weights": str(options.weights), "percent": percent}
     content = build_checkpoint(pruned, names, pruned_from=origin)
     save_final(run_dir / "pruned_model.pt", content, pruned.state_dict())
-    comment = f"{options.weights} pruned by {options.percent:g} of its prunable channels"
+    comment = f"{options.weights} pruned by {percent:g} of its prunable channels"
     write_text_atomic(run_dir / "pruned_model.yaml", format_spec(pruned.spec, comment))
-    report = {**report, "widths": pruned.widths()}
-    write_text_atomic(run_dir / "prune.json", json.dumps(report, indent=1) + "\n")
-    LOGGER.info("\nsaved %s (and pruned_model.yaml, prune.json)", run_dir / "pruned_model.pt")
+
+
+def save_plain_options(run_dir: Path, options: argparse.Namespace) -> None:
+    """Write the options as they were typed."""
+    save_options(run_dir / "opt.yaml", {k: plain_text(v) for k, v in vars(options).items()})
+
+
+def save_report(run_dir: Path, report: Report, pictures: Pictures) -> None:
+    """Write the figures for programs and for people, and say where everything is."""
+    text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
+    write_text_atomic(run_dir / "report.json", text)
+    write_report(run_dir / "report.html", report, pictures)
+    LOGGER.info("\nsaved %s (and report.html, report.json)", run_dir / "pruned_model.pt")
     LOGGER.info(
         "fine-tune it: python train.py --ft_pruned_model --hyp hyp.finetune_prune.yaml "
         "--weights %s",

@@ -63,6 +63,7 @@ from utils.dataset import (
     image_weights_from_map,
     label_sizes_px,
     round_imgsz,
+    sample_batches,
     scan_split,
 )
 from utils.distill import (
@@ -87,8 +88,11 @@ from utils.optim import (
 )
 from utils.plots import draw, plot_batch, plot_gamma_history, plot_labels, plot_results
 from utils.profile import count_gflops, count_parameters
-from utils.pruning.channel_groups import SHORTCUT_RULES
+from utils.pruning.activations import measure_inputs
+from utils.pruning.channel_groups import SHORTCUT_RULES, find_channel_groups
 from utils.pruning.forecast import Forecast, SparsityPlan, choose_auto_rate, plan_steps
+from utils.pruning.importance import DEFAULT_IMPORTANCE
+from utils.pruning.search import build_pruner
 from utils.pruning.slimming import (
     MODES,
     GammaStatistics,
@@ -97,6 +101,7 @@ from utils.pruning.slimming import (
     median_gamma,
     prunable_batchnorms,
 )
+from utils.pruning.verdict import describe_readiness, measure_readiness
 from utils.run_dir import ResultsCsv, new_run_dir, save_options
 
 ROOT = Path(__file__).resolve().parent
@@ -109,6 +114,8 @@ NOT_FINITE_HELP = (
     "--sparsity_rate, or try --amp off"
 )
 GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
+# Images that the verdict on a sparse network is learnt from and measured on.
+VERDICT_TRAIN_IMAGES, VERDICT_IMAGES = 64, 256
 LEAST_VALUES = {
     **dict.fromkeys(("epochs", "batch_size", "nominal_batch"), 1),
     **dict.fromkeys(("workers", "patience", "sparsity_rate", "distill_gain", "seed"), 0),
@@ -329,6 +336,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if results is not None:
             log_epoch(run, results, epoch, losses, result)
             save_epoch(run, epoch, result, is_best, is_last)
+            if run.penalty is not None and is_verdict_due(options, epoch, is_last):
+                give_verdict(run, run.penalty, val_loader)
         if is_last:
             break
     if results is not None:
@@ -694,6 +703,7 @@ class Run:
     gammas: list[GammaStatistics] = dataclasses.field(default_factory=list)  # one an epoch
     teacher: Model | None = None
     distillation: DistillationLoss | None = None  # there if the teacher is
+    seen: list[Tensor] = dataclasses.field(default_factory=list)  # images for the verdict
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -903,12 +913,22 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
             optimizer_step(run, epoch)
             pending = 0
         sums += parts
+        if run.penalty is not None:
+            remember(run, index, batch)
         if index % 10 == 0 or index == len(loader) - 1:
             show_progress(bar, run, sums / (index + 1), settings.lr)
         if epoch == 0 and index < 3 and devices.rank() == 0:
             picture = run.dir / f"train_batch{index}.jpg"
             draw(plot_batch, batch.images, batch.targets, batch.paths, run.names, picture)
     return devices.mean_over_ranks((sums / max(len(loader), 1)).tolist(), run.device)
+
+
+def remember(run: Run, index: int, batch: Batch) -> None:
+    """Keep the first images of the epoch for the verdict, as the network has seen them."""
+    if index == 0:
+        run.seen.clear()
+    if sum(len(images) for images in run.seen) < VERDICT_TRAIN_IMAGES:
+        run.seen.append(batch.images)
 
 
 def to_device(run: Run, batch: Batch, epoch: int, index: int) -> tuple[Tensor, Tensor]:
@@ -1022,6 +1042,42 @@ def log_epoch(
     LOGGER.info(line)
     if run.penalty is not None and epoch == run.first_epoch:
         log_forecast(run, run.penalty, epoch + 1)
+
+
+def is_verdict_due(options: argparse.Namespace, epoch: int, is_last: bool) -> bool:
+    """After each quarter of a sparse run and at its end; it takes half a dozen evaluations."""
+    quarter = max(options.epochs // 4, 1)
+    return is_last or (not options.noval and (epoch + 1) % quarter == 0)
+
+
+def give_verdict(run: Run, penalty: SparsityPenalty, loader: Loader) -> None:
+    """Cut the averaged network as prune.py would, and say how much can go by now."""
+    model = copy.deepcopy(run.ema.model)
+    batches = (images.to(run.device).float() / 255 for images in run.seen)
+    statistics = measure_inputs(model, find_channel_groups(model, penalty.shortcut), batches)
+    pruner = build_pruner(
+        model,
+        run.imgsz,
+        shortcut=penalty.shortcut,
+        importance=DEFAULT_IMPORTANCE,
+        compensation="linear",
+        statistics=statistics,
+    )
+    sample = sample_batches(loader, VERDICT_IMAGES)
+
+    def score(network: Model) -> float:
+        fused = copy.deepcopy(network).eval().fuse()
+        single_cls = run.options.single_cls
+        return evaluate(
+            fused, sample, run.names, device=run.device, single_cls=single_cls, progress=False
+        ).map50
+
+    readiness = measure_readiness(pruner, score)
+    LOGGER.info(
+        "%s (on %d validation images)",
+        describe_readiness(readiness, vars(run.options)),
+        sum(len(batch.images) for batch in sample),
+    )
 
 
 def log_forecast(run: Run, penalty: SparsityPenalty, first_epoch: int) -> None:

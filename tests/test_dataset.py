@@ -18,6 +18,7 @@ from utils.dataset import (
     image_weights_from_map,
     label_sizes_px,
     rect_shape_hw,
+    sample_batches,
     scan_split,
 )
 from utils.image_files import read_image
@@ -317,6 +318,19 @@ def test_without_shuffling_every_image_comes_once(split, rect):
     seen = order(build_loader(dataset, 3))
     assert sorted(seen) == ["a", "b", "c", "d"]
     assert seen == (["d", "a", "c", "b"] if rect else ["a", "b", "c", "d"])
+
+
+@pytest.mark.parametrize(
+    ("num_images", "expected"), [(1, [0]), (2, [0, 2]), (3, [0, 2]), (9, [0, 1, 2, 3])]
+)
+def test_a_sample_is_spread_over_the_batches(split, num_images, expected):
+    loader = build_loader(DetectionDataset(split, 64, rect=True, batch_size=1, pad=0.5), 1)
+    batches = list(loader)
+    sample = sample_batches(loader, num_images)
+    assert [batch.paths for batch in sample] == [batches[n].paths for n in expected]
+    for ours, n in zip(sample, expected, strict=True):
+        assert torch.equal(ours.images, batches[n].images)
+        assert torch.equal(ours.targets, batches[n].targets)
 
 
 @pytest.mark.parametrize("rect", [False, True])

@@ -49,7 +49,7 @@ def test_scores_are_those_of_the_saved_weights(tmp_path):
     last = demo.Stage("sparse", [], tmp_path / "last.pt", results)
     assert demo.read_scores(best) == (0.5, 0.3)
     assert demo.read_scores(last) == (0.6, 0.2)
-    report = tmp_path / "prune.json"
+    report = tmp_path / "report.json"
     report.write_text(json.dumps({"before": {}, "after": {"map50": 0.4, "map50_95": 0.1}}))
     assert demo.read_scores(demo.Stage("prune", [], tmp_path / "p.pt", report)) == (0.4, 0.1)
 

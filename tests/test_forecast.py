@@ -238,7 +238,7 @@ def test_no_rate_is_advised_where_none_is_enough():
     [
         ("SGD", "subgradient", 0.05, None),
         ("SGD", "subgradient", 0.11, "more than 10 x the gradient noise 0.01"),
-        ("AdamW", "subgradient", 0.11, "--sparsity_rate 0.015, or auto"),
+        ("AdamW", "subgradient", 0.11, "--sparsity_rate 0.0065, or auto"),
         ("SGD", "proximal", 0.9, None),  # momentum 0.9: a tenth of it in units of the gradient
         ("SGD", "proximal", 1.1, "more than 10 x the gradient noise 0.1"),
         ("AdamW", "proximal", 0.5, None),

@@ -257,3 +257,119 @@ def test_plot_stage_table(tmp_path):
     plots.plot_stage_table([], tmp_path / "empty.png")
     assert _is_picture(tmp_path / "stages.png")
     assert (tmp_path / "empty.png").stat().st_size > 0
+
+
+def _sweep_rows(scores) -> list[dict]:
+    return [
+        {"percent": n / 10, "gflops": 4 - n / 4, "latency_ms": 9.0 - n, "map50": s, "map50_95": s}
+        for n, s in enumerate(scores)
+    ]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("scores", "knee"),
+    [
+        pytest.param([], None, id="nothing"),
+        pytest.param([0.9], 0, id="the dense network alone"),
+        pytest.param([None, None, None], None, id="no mAP"),
+        pytest.param([0.9, None, 0.2], 1, id="the knee has no mAP"),
+        pytest.param([0.9, 0.9, 0.89, 0.1], 2, id="a cliff"),
+        pytest.param(list(np.linspace(0.9, 0, 10)), None, id="no knee"),
+    ],
+)
+def test_plot_sweep(tmp_path, scores, knee):
+    plots.plot_sweep(_sweep_rows(scores), knee, tmp_path / "sweep.png")
+    assert _is_picture(tmp_path / "sweep.png")
+
+
+def test_plot_sweep_finds_the_knee_in_any_order(tmp_path):
+    rows = _sweep_rows([0.9, 0.9, 0.89, 0.1])
+    plots.plot_sweep(rows, 2, tmp_path / "a.png")
+    plots.plot_sweep(rows[::-1], 1, tmp_path / "b.png")
+    assert np.array_equal(_pixels(tmp_path / "a.png"), _pixels(tmp_path / "b.png"))
+
+
+def test_sweep_ticks_keep_apart():
+    places, labels = plots._spaced_ticks(
+        np.array([0.0, 40.0, 41.0, 80.0]), np.array([0, 0.3, 0.31, 0.625]), 80.0
+    )
+    assert (places, labels) == ([0, 40, 80], ["0", "30", "62.5"])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("num_layers", [0, 1, 159])
+def test_plot_layer_widths(tmp_path, num_layers):
+    before = np.random.default_rng(0).integers(16, 1280, num_layers)
+    paths = [f"_{n}.m.0.cv1$x^$" for n in range(num_layers)]
+    plots.plot_layer_widths(paths, before, before // 2, tmp_path / "widths.png")
+    assert _is_picture(tmp_path / "widths.png")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("gamma", "threshold"),
+    [
+        pytest.param([], None, id="no channels"),
+        pytest.param([0.0, 0.0], 0.0, id="all zero"),
+        pytest.param([1.0, 1.0, -1.0], 1.0, id="all alike"),
+        pytest.param([0.0] * 50 + [0.5, 1.0], 0.1, id="mostly zero"),
+        pytest.param([1e-40, 1e-7, 0.1, 2.0], 1e-9, id="threshold among the zeros"),
+        pytest.param([0.1, 0.2], 9.0, id="threshold above all"),
+        pytest.param([0.1, 0.2], -1.0, id="threshold below zero"),
+        pytest.param(list(np.logspace(-5, 0, 99)), None, id="another importance decided"),
+    ],
+)
+def test_plot_importance_threshold(tmp_path, gamma, threshold):
+    kept = np.arange(len(gamma)) % 2 == 0
+    plots.plot_importance_threshold(gamma, kept, threshold, tmp_path / "gamma.png")
+    assert _is_picture(tmp_path / "gamma.png")
+
+
+@pytest.mark.parametrize("line", [None, -1.23, 0.001, -9.0])
+def test_bins_hold_everything_and_break_at_the_threshold(line):
+    low, high = -2.0, 0.7
+    edges = plots._bins_with_edge(low, high, 0.1, line)
+    assert (np.diff(edges) > 0).all()
+    assert edges[0] <= low
+    assert edges[-1] > high
+    if line is not None and line > low:
+        assert np.abs(edges - line).min() < 1e-9
+
+
+def test_plot_detections_pair_draws_both_sides(tmp_path):
+    image = np.full((60, 90, 3), 114, np.uint8)
+    left = torch.tensor([[10.0, 10, 50, 50, 0.9, 1], [0, 0, 9, 9, 0.1, 0]])
+    right = [[30.0, 10, 80, 50, 0.9, 2]]
+    plots.plot_detections_pair(image, left, right, NAMES, ("dense", "slim"), tmp_path / "pair.png")
+    pixels = _pixels(tmp_path / "pair.png")
+    scale = 4.0  # small images are enlarged, four times at most
+    columns = [
+        np.nonzero((np.abs(pixels - plots.class_colour(cls)).sum(2) < 30).any(0))[0]
+        for cls in range(3)
+    ]
+    second = pixels.shape[1] - 90 * scale
+    assert len(columns[0]) == 0  # below min_conf
+    assert columns[1].min() == pytest.approx(10 * scale, abs=3)
+    assert columns[2].min() == pytest.approx(second + 30 * scale, abs=3)
+    assert columns[2].max() == pytest.approx(second + 80 * scale, abs=3)
+    assert (image == 114).all()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize("image_hw", [(1, 1), (20, 3000), (3000, 200)])
+def test_plot_detections_pair_edges(tmp_path, image_hw, suffix):
+    image = np.zeros((*image_hw, 3), np.uint8)
+    out = tmp_path / f"pair{suffix}"
+    titles = ("a very long title " * 20, "two\nlines")
+    plots.plot_detections_pair(image, [], torch.zeros(0, 6), NAMES, titles, out)
+    with Image.open(out) as picture:
+        assert max(picture.size) <= 2000
+
+
+def test_a_title_keeps_its_number():
+    font = plots._font(12)
+    text = plots._fit("a long title", font, 90, ": 12 boxes")
+    assert text.endswith("…: 12 boxes")
+    assert font.getlength(text) <= 90
+    assert plots._fit("a", font, 900, ": 1 box") == "a: 1 box"

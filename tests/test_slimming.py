@@ -182,17 +182,21 @@ def test_noise_goes_on_from_its_state():
     assert torch.equal(noise.sigma(), resumed.sigma())
 
 
-def test_auto_follows_the_noise_and_decays(model):
+def test_auto_measures_the_noise_in_the_first_epoch_and_decays(model):
     penalty = SparsityPenalty(model, AutoRate(2.0), epochs=4)
     bn = penalty.batchnorms["0"]
     for other in penalty.batchnorms.values():
         other.weight.grad = torch.full_like(other.weight, 0.01)
         other.bias.grad = torch.zeros_like(other.bias)
     bn.bias.data.fill_(1.0)
+    penalty.before_step(0, FINITE)
+    for other in penalty.batchnorms.values():  # as gammas shrink their gradients grow
+        other.weight.grad = torch.full_like(other.weight, 0.3)
+        other.bias.grad.zero_()
     penalty.before_step(2, FINITE)
     rate = 2 * 0.01 * (1 - 0.9 * 2 / 4)
     assert penalty.rate(2) == pytest.approx(rate, rel=1e-4)
-    torch.testing.assert_close(bn.weight.grad, torch.full_like(bn.weight, 0.01 + rate))
+    torch.testing.assert_close(bn.weight.grad, torch.full_like(bn.weight, 0.3 + rate))
     torch.testing.assert_close(bn.bias.grad, torch.full_like(bn.bias, 10 * 2 * 0.01))
 
 

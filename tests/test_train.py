@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +187,34 @@ def test_proximal_run_saves_exact_zeros_and_spares_what_the_rule_keeps(base, tmp
     options = load_checkpoint(run / "weights/last.pt")["options"]
     assert (options["shortcut"], options["sparsity_mode"]) == ("keep", "proximal")
     assert "forecast: an unused channel can lose" in caplog.text
+
+
+def test_a_sparse_run_says_how_much_can_go(base, caplog, monkeypatch):
+    """After every quarter and at the end, of the averaged network, cut and compensated."""
+    scored = []
+
+    def score_by_size(network, batches, names, **settings):
+        if "loss_fn" in settings:  # the validation of an epoch
+            return real_evaluate(network, batches, names, **settings)
+        scored.append(sum(network.widths().values()))
+        return SimpleNamespace(map50=0.5 if scored[-1] > 0.5 * max(scored) else 0.2)
+
+    real_evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", score_by_size)
+    with caplog.at_level("INFO"):
+        train.main([*base, "--epochs", "4", "--bn_sparsity", "--sparsity_rate", "0.01"])
+    said = [line for line in caplog.messages if "ready to prune" in line]
+    assert len(said) == 4
+    assert all(line.endswith("(on 4 validation images)") for line in said)
+    assert all(line.startswith("ready to prune: ") for line in said)
+    assert min(scored) < 0.5 * max(scored)
+
+
+def test_when_the_verdict_is_due():
+    options = train.parse_args(["--epochs", "10", "--bn_sparsity"])[0]
+    assert [e for e in range(10) if train.is_verdict_due(options, e, e == 9)] == [1, 3, 5, 7, 9]
+    options = train.parse_args(["--epochs", "10", "--bn_sparsity", "--noval"])[0]
+    assert [e for e in range(10) if train.is_verdict_due(options, e, e == 9)] == [9]
 
 
 def test_auto_says_what_it_has_chosen(base, tmp_path, caplog):

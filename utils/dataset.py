@@ -531,6 +531,20 @@ def build_loader(
     )
 
 
+def sample_batches(loader: Loader, num_images: int) -> list[Batch]:
+    """Some batches of a loader, evenly spread, read in this process.
+
+    Args:
+        loader: as `build_loader` gives it; its workers are not used.
+        num_images: about so many images in all; all batches if there are fewer.
+    """
+    keys = list(loader.batch_sampler)
+    wanted = max(round(len(keys) * num_images / max(sum(map(len, keys)), 1)), 1)
+    chosen = keys if wanted >= len(keys) else keys[:: -(-len(keys) // wanted)]
+    dataset = loader.batch_sampler.dataset
+    return [collate([dataset[key] for key in batch]) for batch in chosen]
+
+
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)  # the workers are the parallelism; more threads would only fight
 

@@ -39,7 +39,7 @@ COMPENSATIONS = ("none", "constant", "mean", "linear")
 
 # Added to the variances before solving, as a share of their mean: covariances come from finitely
 # many pixels, and channels that never vary make them singular.
-RIDGE = 1e-2
+RIDGE = 1e-3
 
 
 @torch.no_grad()

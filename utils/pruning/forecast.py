@@ -24,7 +24,9 @@ from utils.optim import Schedule
 from utils.pruning.slimming import AutoRate, scheduled_rate
 
 # `auto` in units of the gradient noise: the mean gradient up to which a channel has to give way.
-AUTO_STRENGTH = {"subgradient": 1.5, "proximal": 0.3}
+# Measured on BCCD (yolov5n, AdamW, 60 epochs from public weights, noise 0.0015): a rate of 0.001
+# cost 0.2 points of mAP@.5:.95, one that ran up to 0.0025 cost far more.
+AUTO_STRENGTH = {"subgradient": 0.65, "proximal": 0.3}
 # How far `auto` goes in a run so short that its rate would not bring an unused channel to 0.
 AUTO_LIMIT = {"subgradient": 3.0, "proximal": 0.5}
 # The distance that `auto` wants an unused channel to be able to fall, in medians of |gamma|: more

@@ -24,6 +24,7 @@ from utils.pruning.channel_groups import ChannelGroups
 from utils.pruning.slimming import gamma_importance
 
 IMPORTANCES = ("gamma", "error", "error-per-cost")
+DEFAULT_IMPORTANCE = "error-per-cost"
 
 
 def channel_importance(

@@ -135,6 +135,9 @@ def zero_average(averaged: Iterable[nn.BatchNorm2d], batchnorms: Iterable[nn.Bat
 class GradientNoise:
     """How large the gradients of gamma are that the loss gives: their running rms per channel.
 
+    Measured over the first epoch and then left: as gammas shrink their gradients grow, and a rate
+    that followed would drive itself up.
+
     The rms is nearly all noise: the mean gradient of a channel at rest is about 0. A penalty well
     below it is lost in it, one well above it is stronger than what any channel is worth. State and
     result are tensors on the device of the parameters; nothing here waits for it.
@@ -175,7 +178,7 @@ class GradientNoise:
 
 @dataclasses.dataclass(frozen=True)
 class AutoRate:
-    """A rate that follows the gradient noise: max(strength * noise, least).
+    """A rate in units of the gradient noise: max(strength * noise, least).
 
     The noise is given in the units of the rate: sigma of `GradientNoise` times `noise_gain`. Where
     the optimizer divides the gradients by their rms before the rate comes in (the proximal step
@@ -241,7 +244,8 @@ class SparsityPenalty:
             gradient_norm: of all gradients. Where it is not finite a loss scaler leaves the step
                 out, so the gradients are not looked at.
         """
-        self.noise.take_in(gradient_norm.isfinite())
+        if epoch == 0:
+            self.noise.take_in(gradient_norm.isfinite())
         if self.mode == "subgradient":
             full = self._full_rate()
             rate = scheduled_rate(full, epoch, self.epochs)
