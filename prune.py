@@ -38,7 +38,7 @@ from models import Model, ModelSpec
 from models.blocks import Bottleneck
 from utils.checkpoint import Detector, build_checkpoint, load_detector, save_final
 from utils.command import run_command
-from utils.config import find_config, load_yaml
+from utils.config import Hyperparameters, find_config, load_yaml
 from utils.dataset import round_imgsz
 from utils.device import describe_device, select_device
 from utils.downloads import find_weights, open_dataset
@@ -208,7 +208,8 @@ def add_choice_flags(group: argparse._ArgumentGroup) -> None:
         "--recalibrate",
         type=int,
         metavar="N",
-        help="re-estimate the BN statistics on N batches of 16 training images, 0: never; default: "
+        help="re-estimate the BN statistics on N batches of 16 training images, augmented as they "
+        "were in the training, 0: never; default: "
         f"{DEFAULT_RECALIBRATION} with --data, kept only if mAP@.5:.95 is higher with it",
     )
     group.add_argument("--min-channels", type=int, default=1, help="every layer keeps so many")
@@ -389,7 +390,7 @@ def prune(
         warnings=tuple(warnings),
     )
     pictures = draw_pictures(run_dir, pruner, cut, compared, report)
-    save_results(run_dir, options, percent, compared.slim, detector.names)
+    save_results(run_dir, options, percent, compared.slim, detector)
     save_report(run_dir, report, pictures)
 
 
@@ -500,7 +501,14 @@ def open_trials(
         settings,
         num_calibration=num_calibration,
         num_recalibration=num_recalibration,
+        hyp=augmentation(detector),
     )
+
+
+def augmentation(detector: Detector) -> Hyperparameters | None:
+    """How the images looked that the BN statistics of the checkpoint come from, if it says."""
+    hyp = detector.checkpoint.get("hyp")
+    return Hyperparameters(**hyp) if isinstance(hyp, dict) else None
 
 
 def needs_statistics(options: argparse.Namespace) -> bool:
@@ -946,12 +954,16 @@ def save_results(
     options: argparse.Namespace,
     percent: float,
     pruned: Model,
-    names: tuple[str, ...],
+    detector: Detector,
 ) -> None:
-    """Write the options, the checkpoint and its yaml."""
+    """Write the options, the checkpoint and its yaml.
+
+    The checkpoint says how its parent was trained: pruning it again then takes the same rule.
+    """
     save_plain_options(run_dir, options)
     origin = {"weights": str(options.weights), "percent": percent}
-    content = build_checkpoint(pruned, names, pruned_from=origin)
+    parent = {key: part for key, part in detector.checkpoint.items() if key in ("hyp", "options")}
+    content = build_checkpoint(pruned, detector.names, pruned_from=origin, **parent)
     save_final(run_dir / "pruned_model.pt", content, pruned.state_dict())
     comment = f"{options.weights} pruned by {percent:g} of its prunable channels"
     write_text_atomic(run_dir / "pruned_model.yaml", format_spec(pruned.spec, comment))

@@ -583,6 +583,27 @@ class TestRecalibration:
         assert bool((state[path] == 1).all()) == (not kept)
         assert bool((dense[path] == 1).all())
 
+    @pytest.mark.parametrize("trained", [True, False])
+    def test_it_sees_images_as_the_training_did(
+        self, run, tiny_spec, tiny_dataset, tmp_path, monkeypatch, pytestconfig, trained
+    ):
+        """Statistics of plain images would not fit what the network learnt from mosaics."""
+        hyp = load_yaml(pytestconfig.rootpath / "data/hyps/hyp.scratch-low.yaml")
+        content = build_checkpoint(
+            sparse_model(tiny_spec), NAMES, **({"hyp": hyp} if trained else {})
+        )
+        save_checkpoint(tmp_path / "trained.pt", content)
+        made = []
+        real = trials.DetectionDataset
+
+        def recorded(*args, hyp, rect, **settings):
+            made.append(None if hyp is None else hyp.mosaic)
+            return real(*args, hyp=hyp, rect=rect, **settings)
+
+        monkeypatch.setattr(trials, "DetectionDataset", recorded)
+        run("--percent", 0.3, "--data", tiny_dataset.yaml, source=tmp_path / "trained.pt")
+        assert made == [None, 1.0 if trained else None, None]  # least squares, BN, validation
+
 
 class TestShortcut:
     """By default the rule is that of the sparse training."""
@@ -606,6 +627,14 @@ class TestShortcut:
         log = run("--percent", 0.3, "--dry-run", *flags, source=path)
         assert said in log
         assert ("frozen (shortcut)" in log) == (rule == "keep")
+
+    def test_a_slim_network_remembers(self, run, tiny_spec, tmp_path):
+        options = {"bn_sparsity": True, "shortcut": "keep"}
+        content = build_checkpoint(sparse_model(tiny_spec), NAMES, options=options)
+        save_checkpoint(tmp_path / "trained.pt", content)
+        run("--percent", 0.2, source=tmp_path / "trained.pt")
+        log = run("--percent", 0.3, source=tmp_path / "runs/exp/pruned_model.pt")
+        assert "--shortcut keep, as in the sparse training" in log
 
 
 def test_images_are_read_only_where_they_are_needed(run, tiny_dataset, tmp_path):

@@ -93,14 +93,14 @@ class _Sums:
             self.second = torch.zeros(len(pixels), len(pixels), dtype=torch.float64)
         centred = pixels - self.origin
         self.number += pixels.shape[1]
-        self.first += centred.sum(1).double().cpu()
-        self.second += (centred @ centred.T).double().cpu()
+        self.first += centred.sum(1).cpu().double()
+        self.second += (centred @ centred.T).cpu().double()
 
     def result(self) -> InputStatistics:
         shift = self.first / self.number
         covariance = self.second / self.number - torch.outer(shift, shift)
         variance = covariance.diagonal().clamp(min=0)
-        return InputStatistics(self.origin[:, 0].double().cpu() + shift, variance, covariance)
+        return InputStatistics(self.origin[:, 0].cpu().double() + shift, variance, covariance)
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def expected_inputs(model: Model, channel_groups: ChannelGroups) -> dict[str, In
     outputs: dict[str, tuple[Tensor, Tensor]] = {}
     for path in channel_groups.outputs:
         block = conv_block(model, path)
-        gamma, beta = block.bn.weight.double().cpu(), block.bn.bias.double().cpu()
+        gamma, beta = block.bn.weight.cpu().double(), block.bn.bias.cpu().double()
         values = block.act(beta[:, None] + gamma[:, None] * z)  # [C, nodes]
         mean = values @ weight
         outputs[path] = mean, (values - mean[:, None]).square() @ weight
@@ -140,7 +140,7 @@ def constant_inputs(model: Model, channel_groups: ChannelGroups) -> dict[str, Te
         inputs[path] = torch.zeros(sum(segment.size for segment in layout), dtype=torch.float64)
         for term in channel_groups.terms[path]:
             block = conv_block(model, term.path)
-            constant = block.act(block.bn.bias.detach().double().cpu())
+            constant = block.act(block.bn.bias.detach().cpu().double())
             inputs[path][term.first_channel : term.first_channel + len(constant)] += constant
     return inputs
 

@@ -100,14 +100,14 @@ def _regress(path: str, statistics: InputStatistics, is_dropped: Tensor) -> Tens
 def _fold_into_weights(model: Model, path: str, is_dropped: Tensor, factors: Tensor) -> None:
     weight = consumer(model, path)[0].weight  # [out, in, k, k]
     is_dropped = is_dropped.to(weight.device)
-    gained = torch.einsum("odij,kd->okij", weight[:, is_dropped].double().cpu(), factors)
+    gained = torch.einsum("odij,kd->okij", weight[:, is_dropped].cpu().double(), factors)
     weight[:, ~is_dropped] += gained.to(weight)
 
 
 def _fold_constant(model: Model, path: str, is_dropped: Tensor, constant: Tensor) -> None:
     """Add what the dropped channels contribute when each is the given constant `[dropped]`."""
     conv, bn = consumer(model, path)
-    weight = conv.weight[:, is_dropped.to(conv.weight.device)].double().cpu()
+    weight = conv.weight[:, is_dropped.to(conv.weight.device)].cpu().double()
     contribution = weight.sum((2, 3)) @ constant
     if bn is not None:
         assert bn.running_mean is not None

@@ -71,11 +71,11 @@ def output_errors(
     }
     for path, layout in channel_groups.inputs.items():
         conv, bn = consumer(model, path)
-        gain = conv.weight.double().cpu().square().sum((2, 3))  # [out, in]
+        gain = conv.weight.cpu().double().square().sum((2, 3))  # [out, in]
         if bn is not None:
             assert bn.running_var is not None
-            scale = bn.weight.double().square() / (bn.running_var.double() + bn.eps)
-            gain *= scale.cpu()[:, None]
+            gamma, variance = bn.weight.cpu().double(), bn.running_var.cpu().double()
+            gain *= (gamma.square() / (variance + bn.eps))[:, None]
         error = gain.sum(0) * statistics[path].variance
         for segment, part in zip(layout, error.split([s.size for s in layout]), strict=True):
             if segment.group in squares:

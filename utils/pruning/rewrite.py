@@ -159,8 +159,8 @@ def check_cut(pruned: Model, masked: Model, images: Tensor) -> float:
     networks = [copy.deepcopy(model).cpu().double() for model in (pruned, masked)]
     outputs: list[list[Tensor]] = []
     for network in networks:
-        predictions, logits = network.eval()(images.double().cpu())
-        logits_in_training = network.train()(images.double().cpu())
+        predictions, logits = network.eval()(images.cpu().double())
+        logits_in_training = network.train()(images.cpu().double())
         outputs.append([predictions, *logits, *logits_in_training])
     differences = [
         (ours - expected).abs().max() / expected.abs().max().clamp(min=1e-12)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.yolo import Model
-from utils.config import DatasetSpec
+from utils.config import DatasetSpec, Hyperparameters
 from utils.dataset import (
     RECT_PAD,
     Batch,
@@ -71,6 +71,7 @@ class Trials:
         *,
         num_calibration: int,
         num_recalibration: int,
+        hyp: Hyperparameters | None = None,
     ) -> None:
         """Open the data set and read what is to be learnt from.
 
@@ -80,14 +81,17 @@ class Trials:
             settings: for all measurements.
             num_calibration: training images for `input_statistics`.
             num_recalibration: batches of training images for `recalibrated`.
+            hyp: augmentation of those, as in the training whose statistics they stand in for;
+                None for none.
         """
         self._names, self._settings = names, settings
         self._known: WeakKeyDictionary[Model, Measured] = WeakKeyDictionary()
-        num_batches = max(-(-num_calibration // TRAINING_BATCH), num_recalibration)
-        training = _training_images(data, settings, num_batches) if num_batches else []
-        self._recalibration = training[:num_recalibration]
+        num_batches = -(-num_calibration // TRAINING_BATCH)
+        self._calibration = _first_images(
+            _training_images(data, settings, num_batches), num_calibration
+        )
+        self._recalibration = _training_images(data, settings, num_recalibration, hyp)
         self.num_recalibration = len(self._recalibration)  # as many as there are
-        self._calibration = _first_images(training, num_calibration)
         loader = _validation_loader(data, settings)
         paths = loader.batch_sampler.dataset.split.paths
         self._shown = frozenset(paths[:: max(len(paths) // NUM_SHOWN, 1)][:NUM_SHOWN])
@@ -138,8 +142,7 @@ class Trials:
         self, model: Model, channel_groups: ChannelGroups
     ) -> dict[str, InputStatistics]:
         """What `measure_inputs` says for the calibration images."""
-        # It sums in float64, which not every device has (MPS).
-        device = self._settings.device if self._settings.device.type == "cuda" else "cpu"
+        device = self._settings.device
         batches = (images.to(device) for images in self._calibration)
         return measure_inputs(copy.deepcopy(model).to(device), channel_groups, batches)
 
@@ -160,9 +163,16 @@ def _first_images(batches: list[Tensor], number: int) -> list[Tensor]:
     return kept
 
 
-def _training_images(data: DatasetSpec, settings: TrialSettings, num_batches: int) -> list[Tensor]:
-    """Batches 0-1 `[B, 3, H, W]` in random order, squares without augmentation."""
-    dataset = _open_split(data, "train", settings, rect=False, batch_size=TRAINING_BATCH)
+def _training_images(
+    data: DatasetSpec,
+    settings: TrialSettings,
+    num_batches: int,
+    hyp: Hyperparameters | None = None,
+) -> list[Tensor]:
+    """Batches 0-1 `[B, 3, H, W]` in random order, squares."""
+    if not num_batches:
+        return []
+    dataset = _open_split(data, "train", settings, rect=False, batch_size=TRAINING_BATCH, hyp=hyp)
     loader = build_loader(dataset, TRAINING_BATCH, workers=0, shuffle=True, seed=0)
     return [batch.images.float() / 255 for batch in itertools.islice(loader, num_batches)]
 
@@ -175,7 +185,12 @@ def _validation_loader(data: DatasetSpec, settings: TrialSettings) -> Loader:
 
 
 def _open_split(
-    data: DatasetSpec, name: str, settings: TrialSettings, rect: bool, batch_size: int
+    data: DatasetSpec,
+    name: str,
+    settings: TrialSettings,
+    rect: bool,
+    batch_size: int,
+    hyp: Hyperparameters | None = None,
 ) -> DetectionDataset:
     split = scan_split(
         getattr(data, name),
@@ -187,7 +202,7 @@ def _open_split(
     return DetectionDataset(
         split,
         settings.imgsz,
-        hyp=None,
+        hyp=hyp,
         rect=rect,
         batch_size=batch_size,
         stride=settings.stride,
