@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent
 EPOCHS = (45, 35, 15)
 IMGSZ = 160
 PERCENT = 0.5
-SPARSITY_RATE = 0.005
+SPARSITY_RATE = "auto"
 
 # Columns of the table: key, heading, format.
 COLUMNS = (
@@ -76,7 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"epochs of the three training stages, default {EPOCHS}",
     )
     parser.add_argument(
-        "--sparsity_rate", type=float, default=SPARSITY_RATE, help="of the sparse stage"
+        "--sparsity_rate", default=SPARSITY_RATE, help="of the sparse stage: a number or auto"
     )
     parser.add_argument("--percent", type=float, default=PERCENT, help="share of channels to cut")
     parser.add_argument("--device", default="", help="'' (best), cpu, mps or 0")
@@ -116,7 +116,7 @@ def list_stages(options: argparse.Namespace, run_dir: Path) -> list[Stage]:
     common += ["--device", options.device] if options.device else []
     epochs = [["--epochs", str(count)] for count in options.epochs]
     adamw = ["--optimizer", "AdamW"]
-    penalty = ["--bn_sparsity", "--sparsity_rate", f"{options.sparsity_rate:g}"]
+    penalty = ["--bn_sparsity", "--sparsity_rate", options.sparsity_rate]
     slim = ["--ft_pruned_model"]
     cut = ["--percent", f"{options.percent:g}", "--data", options.data]
 

@@ -508,7 +508,11 @@ def open_trials(
 def augmentation(detector: Detector) -> Hyperparameters | None:
     """How the images looked that the BN statistics of the checkpoint come from, if it says."""
     hyp = detector.checkpoint.get("hyp")
-    return Hyperparameters(**hyp) if isinstance(hyp, dict) else None
+    try:
+        return Hyperparameters(**hyp) if isinstance(hyp, dict) else None
+    except (TypeError, ValueError) as error:
+        LOGGER.warning("warning: the checkpoint's hyperparameters cannot be used: %s", error)
+        return None
 
 
 def needs_statistics(options: argparse.Namespace) -> bool:

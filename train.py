@@ -115,7 +115,7 @@ NOT_FINITE_HELP = (
 )
 GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
 # Images that the verdict on a sparse network is learnt from and measured on.
-VERDICT_TRAIN_IMAGES, VERDICT_IMAGES = 64, 256
+VERDICT_TRAIN_IMAGES, VERDICT_IMAGES, VERDICT_BATCH = 64, 256, 16
 LEAST_VALUES = {
     **dict.fromkeys(("epochs", "batch_size", "nominal_batch"), 1),
     **dict.fromkeys(("workers", "patience", "sparsity_rate", "distill_gain", "seed"), 0),
@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             log_epoch(run, results, epoch, losses, result)
             save_epoch(run, epoch, result, is_best, is_last)
             if run.penalty is not None and is_verdict_due(options, epoch, is_last):
-                give_verdict(run, run.penalty, val_loader)
+                give_verdict(run, run.penalty, val_loader, epoch)
         if is_last:
             break
     if results is not None:
@@ -1046,14 +1046,23 @@ def log_epoch(
 
 def is_verdict_due(options: argparse.Namespace, epoch: int, is_last: bool) -> bool:
     """After each quarter of a sparse run and at its end; it takes half a dozen evaluations."""
-    quarter = max(options.epochs // 4, 1)
-    return is_last or (not options.noval and (epoch + 1) % quarter == 0)
+    quarters = [4 * done // options.epochs for done in (epoch, epoch + 1)]
+    return is_last or (not options.noval and quarters[0] < quarters[1])
 
 
-def give_verdict(run: Run, penalty: SparsityPenalty, loader: Loader) -> None:
-    """Cut the averaged network as prune.py would, and say how much can go by now."""
+def give_verdict(run: Run, penalty: SparsityPenalty, loader: Loader, epoch: int) -> None:
+    """Say how much can go by now; no advice is worth a run."""
+    try:
+        LOGGER.info("%s", judge_network(run, penalty, loader, epoch))
+    except (RuntimeError, ValueError) as error:
+        LOGGER.warning("warning: no verdict on the sparse network: %s", error)
+
+
+def judge_network(run: Run, penalty: SparsityPenalty, loader: Loader, epoch: int) -> str:
+    """Cut the averaged network as prune.py would, and measure it."""
     model = copy.deepcopy(run.ema.model)
-    batches = (images.to(run.device).float() / 255 for images in run.seen)
+    parts = (part for images in run.seen for part in images.split(VERDICT_BATCH))
+    batches = (part.to(run.device).float() / 255 for part in parts)
     statistics = measure_inputs(model, find_channel_groups(model, penalty.shortcut), batches)
     pruner = build_pruner(
         model,
@@ -1072,12 +1081,8 @@ def give_verdict(run: Run, penalty: SparsityPenalty, loader: Loader) -> None:
             fused, sample, run.names, device=run.device, single_cls=single_cls, progress=False
         ).map50
 
-    readiness = measure_readiness(pruner, score)
-    LOGGER.info(
-        "%s (on %d validation images)",
-        describe_readiness(readiness, vars(run.options)),
-        sum(len(batch.images) for batch in sample),
-    )
+    verdict = describe_readiness(measure_readiness(pruner, score), vars(run.options), epoch + 1)
+    return f"{verdict} (on {sum(len(batch.images) for batch in sample)} validation images)"
 
 
 def log_forecast(run: Run, penalty: SparsityPenalty, first_epoch: int) -> None:

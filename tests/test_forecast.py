@@ -278,10 +278,19 @@ def test_what_auto_says():
     after, _ = remarks(plan.rest(1), AutoRate(2.0), 0.9, 0.00105)
     assert after.text == "auto: rate 0.0021 = 2 x the gradient noise 0.00105"
     sgd = a_plan("SGD", epochs=100)
-    first, fall, danger = remarks(sgd, choose_auto_rate(sgd, 0.9), 0.9, 1e-9)
+    auto = choose_auto_rate(sgd, 0.9)
+    first, fall = remarks(sgd, auto, 0.9, None)
+    assert "at most" in fall.text
+    assert "the first epoch will tell" in fall.text
+    first, fall = remarks(sgd, auto, 0.9, auto.least)
     assert "what it takes to get an unused channel to 0" in first.text
     assert not fall.is_warning
-    assert danger.text.endswith("more epochs, or a higher learning rate, or --optimizer AdamW")
+    # a run too short: what it takes would move what is used as well
+    first, fall = remarks(sgd, auto, 0.9, auto.least / 100)
+    assert "the most that spares what is used: 3 x the gradient noise" in first.text
+    assert fall.is_warning
+    assert "it cannot become sparse; give it" in fall.text
+    assert "--optimizer AdamW" in fall.text
     proximal = a_plan("AdamW", "proximal", epochs=100)
     first, fall = remarks(proximal, choose_auto_rate(proximal, 0.1), 0.1, None)
     assert first.text == "auto: rate 0.3, a share of the learning rate"

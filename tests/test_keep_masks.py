@@ -118,13 +118,28 @@ def test_floor_and_rounding_by_hand(minimum, round_to, kept, floored, added):
     assert keep.added == added
 
 
+def test_channels_of_no_importance_go_as_asked():
+    """Exact zeros, as proximal training leaves them, are no tie that holds all or none back."""
+    importance = tensors(a=[0, 1, 0, 0], b=[0, 0, 2, 3, 4, 5])
+    for ratio, removed in ((0.0, 0), (0.1, 1), (0.3, 3), (0.5, 5), (0.6, 5), (0.75, 6)):
+        keep = select_keep_masks(importance, ratio)
+        assert sum(int((~mask).sum()) for mask in keep.masks.values()) == removed
+    assert select_keep_masks(importance, 0.3).masks["a"].tolist() == [False, True, False, False]
+    assert select_keep_masks(importance, 0.2).masks["a"].tolist() == [True, True, False, False]
+
+
 def slow_selection(importance, prune_ratio, min_channels, round_to):
     """Channel by channel, in plain Python: what is kept, floored and added."""
     ranked = sorted(value for values in importance.values() for value in values)
     threshold = ranked[int(len(ranked) * prune_ratio)]
     kept, floored, added = {}, [], {}
+    free = int(len(ranked) * prune_ratio) if threshold == ranked[0] == 0 else 0
     for name, values in importance.items():
         strong = {channel for channel, value in enumerate(values) if value >= threshold}
+        for channel in reversed(range(len(values))):
+            if free and values[channel] == 0:
+                strong.remove(channel)
+                free -= 1
         weak = [channel for channel in range(len(values)) if channel not in strong]
         weak.sort(key=lambda channel: (-values[channel], channel))
         chosen = set(strong)

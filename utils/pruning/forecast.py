@@ -190,8 +190,8 @@ def choose_auto_rate(plan: SparsityPlan, median: float) -> AutoRate:
     """What `--sparsity_rate auto` means for a run.
 
     A multiple of the gradient noise; more where that is not enough to bring the gamma of an unused
-    channel from the median to 0 (`AUTO_REACH`): what it takes under SGD, whose steps shrink with
-    the gradients, and up to `AUTO_LIMIT` under Adam, whose steps do not.
+    channel from the median to 0 (`AUTO_REACH`), but at most `AUTO_LIMIT`: beyond it the penalty
+    moves what is used as well, and the run is too short to become sparse.
 
     Args:
         plan: of the whole run.
@@ -200,7 +200,7 @@ def choose_auto_rate(plan: SparsityPlan, median: float) -> AutoRate:
     strength = AUTO_STRENGTH[plan.mode]
     needed = plan.rate_to_fall(AUTO_REACH * median, noise=1.0)
     if not plan.is_adam:
-        return AutoRate(strength, needed or 0.0, plan.noise_gain)
+        return AutoRate(strength, needed or 0.0, plan.noise_gain, AUTO_LIMIT["subgradient"])
     limit = max(strength, AUTO_LIMIT[plan.mode])
     strength = limit if needed is None else min(max(strength, needed), limit)
     return AutoRate(strength, noise_gain=1.0 if plan.mode == "subgradient" else None)
@@ -244,8 +244,9 @@ class Forecast:
     @property
     def is_bound(self) -> bool:
         """Whether the noise would be needed and is not known yet."""
-        is_fixed = not isinstance(self.sparsity_rate, AutoRate)
-        return self.plan.needs_noise and self.noise is None and is_fixed
+        if isinstance(self.sparsity_rate, AutoRate):
+            return self.noise is None and self.sparsity_rate.limit < math.inf
+        return self.plan.needs_noise and self.noise is None
 
     @property
     def _assumed_noise(self) -> float:
@@ -269,6 +270,11 @@ class Forecast:
         if auto.strength * noise >= auto.least:
             times = f"{auto.strength:.3g} x the gradient noise {noise:.3g}"
             return Remark(f"auto: rate {self.rate:.3g} = {times}")
+        if self.rate < auto.least * (1 - 1e-6):
+            return Remark(
+                f"auto: rate {self.rate:.3g}, the most that spares what is used: {auto.limit:g} x "
+                f"the gradient noise {noise:.3g}"
+            )
         return Remark(
             f"auto: rate {self.rate:.3g}, what it takes to get an unused channel to 0; the "
             f"gradient noise is {noise:.3g}"

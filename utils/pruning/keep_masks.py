@@ -44,7 +44,8 @@ def select_keep_masks(
             asks for more channels than a group has.
 
     Returns:
-        The masks, the threshold, and what floor and rounding added. Ties at the threshold are kept.
+        The masks, the threshold, and what floor and rounding added. Ties at the threshold are kept,
+        but for an importance of exactly 0: of such channels as many go as were asked for.
         So the achieved ratio can fall short of `prune_ratio`: where all values are equal nothing is
         removed, and never more than `largest_prune_ratio`.
 
@@ -60,9 +61,14 @@ def select_keep_masks(
     everything = _together(importance)
     # A search tries many ratios: kthvalue, which counts from 1, is quicker than sorting.
     threshold = everything.kthvalue(int(len(everything) * prune_ratio) + 1).values
+    num_free = int(len(everything) * prune_ratio) if threshold == 0 == everything.min() else 0
     masks, floored, added = {}, [], {}
     for name, values in importance.items():
         masks[name] = values >= threshold
+        zeros = (values == 0).nonzero().flatten()
+        free = zeros[max(len(zeros) - num_free, 0) :]  # the first ones stay, as below
+        masks[name][free] = False
+        num_free -= len(free)
         num_strong = int(masks[name].sum())
         if num_strong < min(min_channels, len(values)):
             floored.append(name)

@@ -178,7 +178,9 @@ class GradientNoise:
 
 @dataclasses.dataclass(frozen=True)
 class AutoRate:
-    """A rate in units of the gradient noise: max(strength * noise, least).
+    """A rate in units of the gradient noise: strength times it, or `least` if that is more.
+
+    But `least` counts only up to `limit` times the noise, where that is known.
 
     The noise is given in the units of the rate: sigma of `GradientNoise` times `noise_gain`. Where
     the optimizer divides the gradients by their rms before the rate comes in (the proximal step
@@ -188,12 +190,15 @@ class AutoRate:
     strength: float
     least: float = 0.0
     noise_gain: float | None = 1.0
+    limit: float = math.inf
 
     def at(self, sigma: Tensor) -> float | Tensor:
         """The rate before its decay over the epochs."""
         if self.noise_gain is None:
             return max(self.strength, self.least)
-        return (sigma * (self.strength * self.noise_gain)).clamp(min=self.least)
+        noise = sigma * self.noise_gain
+        cap = torch.where(noise > 0, noise * self.limit, self.least)
+        return torch.maximum(noise * self.strength, cap.clamp(max=self.least))
 
 
 class SparsityPenalty:

@@ -23,6 +23,7 @@ from utils.dataset import (
     Batch,
     DetectionDataset,
     Loader,
+    Split,
     build_loader,
     sample_batches,
     scan_split,
@@ -87,10 +88,12 @@ class Trials:
         self._names, self._settings = names, settings
         self._known: WeakKeyDictionary[Model, Measured] = WeakKeyDictionary()
         num_batches = -(-num_calibration // TRAINING_BATCH)
-        self._calibration = _first_images(
-            _training_images(data, settings, num_batches), num_calibration
-        )
-        self._recalibration = _training_images(data, settings, num_recalibration, hyp)
+        training = None
+        if num_batches or num_recalibration:
+            training = _scan(data, "train", settings)
+        plain = _training_images(training, settings, num_batches)
+        self._calibration = _first_images(plain, num_calibration)
+        self._recalibration = _training_images(training, settings, num_recalibration, hyp)
         self.num_recalibration = len(self._recalibration)  # as many as there are
         loader = _validation_loader(data, settings)
         paths = loader.batch_sampler.dataset.split.paths
@@ -143,13 +146,13 @@ class Trials:
     ) -> dict[str, InputStatistics]:
         """What `measure_inputs` says for the calibration images."""
         device = self._settings.device
-        batches = (images.to(device) for images in self._calibration)
+        batches = (images.to(device).float() / 255 for images in self._calibration)
         return measure_inputs(copy.deepcopy(model).to(device), channel_groups, batches)
 
     def recalibrated(self, model: Model) -> Model:
         """What `recalibrate` makes of a network, on the CPU again."""
         device = self._settings.device
-        batches = (images.to(device) for images in self._recalibration)
+        batches = (images.to(device).float() / 255 for images in self._recalibration)
         return recalibrate(copy.deepcopy(model).to(device), batches).cpu()
 
 
@@ -164,41 +167,44 @@ def _first_images(batches: list[Tensor], number: int) -> list[Tensor]:
 
 
 def _training_images(
-    data: DatasetSpec,
+    split: Split | None,
     settings: TrialSettings,
     num_batches: int,
     hyp: Hyperparameters | None = None,
 ) -> list[Tensor]:
-    """Batches 0-1 `[B, 3, H, W]` in random order, squares."""
-    if not num_batches:
+    """Batches `[B, 3, H, W]`, uint8, in random order, squares."""
+    if split is None or not num_batches:
         return []
-    dataset = _open_split(data, "train", settings, rect=False, batch_size=TRAINING_BATCH, hyp=hyp)
+    dataset = _make_dataset(split, settings, rect=False, batch_size=TRAINING_BATCH, hyp=hyp)
     loader = build_loader(dataset, TRAINING_BATCH, workers=0, shuffle=True, seed=0)
-    return [batch.images.float() / 255 for batch in itertools.islice(loader, num_batches)]
+    return [batch.images for batch in itertools.islice(loader, num_batches)]
 
 
 def _validation_loader(data: DatasetSpec, settings: TrialSettings) -> Loader:
-    dataset = _open_split(data, "val", settings, rect=True, batch_size=settings.batch_size)
+    split = _scan(data, "val", settings)
+    dataset = _make_dataset(split, settings, rect=True, batch_size=settings.batch_size)
     return build_loader(
         dataset, settings.batch_size, workers=settings.workers, shuffle=False, seed=0
     )
 
 
-def _open_split(
-    data: DatasetSpec,
-    name: str,
-    settings: TrialSettings,
-    rect: bool,
-    batch_size: int,
-    hyp: Hyperparameters | None = None,
-) -> DetectionDataset:
-    split = scan_split(
+def _scan(data: DatasetSpec, name: str, settings: TrialSettings) -> Split:
+    return scan_split(
         getattr(data, name),
         data.names,
         single_cls=settings.single_cls,
         cache=settings.keeps_scan,
         workers=settings.workers,
     )
+
+
+def _make_dataset(
+    split: Split,
+    settings: TrialSettings,
+    rect: bool,
+    batch_size: int,
+    hyp: Hyperparameters | None = None,
+) -> DetectionDataset:
     return DetectionDataset(
         split,
         settings.imgsz,

@@ -20,6 +20,7 @@ from utils.pruning.sweep import is_borne
 MAX_DROP = 0.01  # of mAP@.5 that counts as nothing lost
 # Less than this share of the channels for a point of mAP is what any network has to spare.
 READY_SHARE = 0.3
+LEAST_MAP50 = 0.1  # a network that detects next to nothing has nothing to lose
 # A channel is near 0 when its |gamma| is below this share of the 90 % quantile of those that stay.
 # Measured on a sparse yolov5n (BCCD): up to a share of 0.05 the cut cost less than half a point of
 # mAP@.5, at 0.15 it cost 7.5. The median will not do: most of what stays may be near 0 as well.
@@ -41,7 +42,7 @@ class Readiness:
     @property
     def is_ready(self) -> bool:
         """Whether pruning pays before any (further) sparse training."""
-        return self.removed >= READY_SHARE and self.map50_before > self.max_drop
+        return self.removed >= READY_SHARE and self.map50_before >= LEAST_MAP50
 
 
 def measure_readiness(
@@ -68,12 +69,15 @@ def measure_readiness(
     return Readiness(percent, removed_share(keep), saved, before, after[percent], max_drop)
 
 
-def describe_readiness(readiness: Readiness, options: Mapping[str, Any]) -> str:
+def describe_readiness(
+    readiness: Readiness, options: Mapping[str, Any], epochs_done: int | None = None
+) -> str:
     """One or two sentences: the verdict, and what to change if it is not good.
 
     Args:
         readiness: what was measured.
         options: of the training run the checkpoint comes from; empty if unknown.
+        epochs_done: of that run, while it goes on.
     """
     figures = (
         f"{readiness.removed:.0%} of the channels, {readiness.gflops_saved:.0%} of the FLOPs can "
@@ -82,7 +86,16 @@ def describe_readiness(readiness: Readiness, options: Mapping[str, Any]) -> str:
     )
     if readiness.is_ready:
         return f"ready to prune: {figures}"
-    return f"not ready to prune: only {figures}. {_advice(readiness, options)}"
+    if readiness.map50_before < LEAST_MAP50:
+        return (
+            f"not ready to prune: mAP@.5 of {readiness.map50_before:.3f} is too little to judge "
+            "by. Train the network on this data set first"
+        )
+    if epochs_done is not None and epochs_done < options["epochs"]:
+        advice = f"{epochs_done} of {options['epochs']} epochs are done"
+    else:
+        advice = _advice(options)
+    return f"not ready to prune: only {figures}. {advice}"
 
 
 def describe_points(drop: float) -> str:
@@ -90,15 +103,16 @@ def describe_points(drop: float) -> str:
     return f"{100 * drop:g} point{'s' * (abs(drop - 0.01) > 1e-9)}"
 
 
-def _advice(readiness: Readiness, options: Mapping[str, Any]) -> str:
-    if readiness.map50_before <= readiness.max_drop:
-        return "The network detects nothing in these images: train it on this data set first"
+def _advice(options: Mapping[str, Any]) -> str:
     if not options.get("bn_sparsity"):
         return "It was not sparse-trained: train.py --bn_sparsity --sparsity_rate auto comes first"
     rate, epochs = options.get("sparsity_rate", "?"), options.get("epochs", "?")
+    larger = (
+        "a number above the rate that auto chose" if rate == "auto" else "a larger one, or auto"
+    )
     return (
         f"The sparse training (rate {rate}, {epochs} epochs) was too weak or too short: give it "
-        "more epochs, or a larger --sparsity_rate (auto chooses one), and watch its verdict"
+        f"more epochs, or as --sparsity_rate {larger}, and watch its verdict"
     )
 
 
