@@ -148,7 +148,7 @@ def list_steps(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
             yield prune(f"{share}, {method}", *amount, *choice)
     yield prune("slim", "--target-gflops", SLIM)
     slim = ["--weights", str(folder / "slim/pruned_model.pt"), "--ft_pruned_model"]
-    slim += ["--hyp", "hyp.finetune_prune.yaml"]
+    slim += ["--hyp", "hyp.finetune_slim.yaml"]
     yield train("finetuned", *slim)
     yield train("distilled", *slim, "--teacher", str(dense))
 

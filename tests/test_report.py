@@ -283,7 +283,7 @@ def test_json_holds_what_programs_read(report):
     rows = (SweepRow(np.float64(0.5), 0.5, np.int64(7), 1.0, math.nan, 1.0, None, None),)
     changed = dataclasses.replace(report, sweep=rows, threshold=-math.inf, more={"path": Path("a")})
     content = json.loads(json.dumps(changed.to_dict(), allow_nan=False))
-    # what prune.json has held since version 1
+    # what has been in it since version 1
     assert set(content) >= {
         "weights", "data", "imgsz", "device", "percent", "suggested_percent", "threshold",
         "cut_difference", "before", "after", "speed_up", "layers", "widths",
