@@ -985,8 +985,7 @@ def save_report(run_dir: Path, report: Report, pictures: Pictures) -> None:
     write_report(run_dir / "report.html", report, pictures)
     LOGGER.info("\nsaved %s (and report.html, report.json)", run_dir / "pruned_model.pt")
     LOGGER.info(
-        "fine-tune it: python train.py --ft_pruned_model --hyp hyp.finetune_prune.yaml "
-        "--weights %s",
+        "fine-tune it: python train.py --ft_pruned_model --hyp hyp.finetune_slim.yaml --weights %s",
         run_dir / "pruned_model.pt",
     )
 
