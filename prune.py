@@ -84,7 +84,7 @@ from utils.pruning.search import (
     why_nothing_goes,
 )
 from utils.pruning.slimming import gamma_importance
-from utils.pruning.sweep import SweepRow, find_knee, format_sweep, is_borne, sweep_csv
+from utils.pruning.sweep import MAX_DROP, SweepRow, find_knee, format_sweep, is_borne, sweep_csv
 from utils.pruning.trials import Measured, Trials, TrialSettings
 from utils.pruning.verdict import (
     Readiness,
@@ -100,6 +100,15 @@ LOGGER = logging.getLogger("prune")
 SWEEP_PERCENTS = tuple(step / 20 for step in range(2, 19))  # 10 % to 90 %
 DEFAULT_RECALIBRATION = 4  # batches, tried where there is a data set
 LATENCY_SECONDS = 1.0  # per network
+# Flags of measurements on images.
+ACTS_ONLY_WITH_DATA = (
+    "batch_size",
+    "conf_thres",
+    "iou_thres",
+    "single_cls",
+    "calibration_images",
+    "allow_download_scripts",
+)
 AMOUNTS = ("percent", "sweep", "target_gflops", "target_params", "target_latency", "max_drop")
 
 
@@ -246,6 +255,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for flag, is_given in needs_images:
         if is_given and not options.data:
             parser.error(f"{flag} needs images: give --data")
+    for name in ACTS_ONLY_WITH_DATA:
+        if getattr(options, name) != parser.get_default(name) and not options.data:
+            parser.error(f"{flag_of(name)} acts only with --data")
     return options
 
 
@@ -350,7 +362,8 @@ def prune(
     cut = make_cut(options, pruner, percent)
     if trials is None:
         doubt(pruner, cut.keep)
-    compared = compare(options, pruner.model, cut.model, trials)
+    promised = MAX_DROP if sweep else options.max_drop
+    compared = compare(options, pruner.model, cut.model, trials, promised)
     speeds = measure_speeds(options, pruner.model, compared.slim, clock)
     before = describe_network(pruner.model, compared.before, speeds[0].before_ms, detector, imgsz)
     after = describe_network(compared.slim, compared.after, speeds[0].after_ms, detector, imgsz)
@@ -495,7 +508,7 @@ def open_trials(
         workers=options.workers,
         keeps_scan=not options.dry_run,
     )
-    return Trials(
+    trials = Trials(
         data,
         detector.names,
         settings,
@@ -503,6 +516,13 @@ def open_trials(
         num_recalibration=num_recalibration,
         hyp=augmentation(detector),
     )
+    if trials.num_recalibration < (options.recalibrate or 0):
+        LOGGER.warning(
+            "warning: --recalibrate %d: the training images make %d batches; these are taken",
+            options.recalibrate,
+            trials.num_recalibration,
+        )
+    return trials
 
 
 def augmentation(detector: Detector) -> Hyperparameters | None:
@@ -628,7 +648,7 @@ def choose_percent(
         percent = ratio_for_cost(pruner, pruner.gflops, options.target_gflops, "GFLOPs")
     else:
         percent = ratio_for_cost(pruner, pruner.parameters, options.target_params, "parameters")
-    LOGGER.info("--%s is met by --percent %.4g", describe_target(options), percent)
+    LOGGER.info("--%s is met by --percent %g", describe_target(options), percent)
     return percent
 
 
@@ -790,11 +810,16 @@ class Compared(NamedTuple):
 
 
 def compare(
-    options: argparse.Namespace, model: Model, pruned: Model, trials: Trials | None
+    options: argparse.Namespace,
+    model: Model,
+    pruned: Model,
+    trials: Trials | None,
+    promised: float | None,
 ) -> Compared:
     """Measure before and after.
 
-    Re-calibration, unless a number of batches was demanded, is kept only where it measures better.
+    Re-calibration, unless a number of batches was demanded, is kept only where it measures better
+    and mAP@.5 does not fall by more than was promised, if anything was.
     """
     if trials is None:
         return Compared(pruned, 0, None, None)
@@ -806,8 +831,8 @@ def compare(
         return Compared(again, trials.num_recalibration, before, trials.measure(again))
     with_it, without = trials.measure(again).result, trials.measure(pruned).result
     is_kept = with_it.map50_95 > without.map50_95
-    if options.max_drop is not None:
-        is_kept &= is_borne(with_it.map50, before.result.map50, options.max_drop)
+    if promised is not None:
+        is_kept &= is_borne(with_it.map50, before.result.map50, promised)
     LOGGER.info(
         "BN re-calibration: mAP@.5:.95 %.4f with it, %.4f without: %s",
         with_it.map50_95,

@@ -430,7 +430,8 @@ class TestTargets:
         assert report["target"] == "max-drop 0.01"
         assert "--percent 0.50: mAP@.5 0.0000" in log
 
-    def test_a_drop_holds_for_what_is_saved(self, run, seeing, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("flags", [["--max-drop", 0.01], ["--percent", 0.2, 0.3]])
+    def test_a_drop_holds_for_what_is_saved(self, run, seeing, tmp_path, monkeypatch, flags):
         """Re-calibration must not lose what the search kept, even if mAP@.5:.95 gains."""
         marked = []
 
@@ -447,7 +448,7 @@ class TestTargets:
         seeing_evaluate = trials.evaluate
         monkeypatch.setattr(trials.Trials, "recalibrated", recalibrated)
         monkeypatch.setattr(trials, "evaluate", evaluate)
-        log = run("--max-drop", 0.01, *seeing.flags)
+        log = run(*flags, *seeing.flags)
         assert len(marked) == 1
         assert "left out" in log
 
@@ -582,6 +583,10 @@ class TestRecalibration:
         path = next(p for p in dense if p.endswith("running_var"))
         assert bool((state[path] == 1).all()) == (not kept)
         assert bool((dense[path] == 1).all())
+
+    def test_there_are_not_so_many_images(self, run, seeing):
+        log = run("--percent", 0.3, "--recalibrate", 9, "--dry-run", *seeing.flags)
+        assert "warning: --recalibrate 9: the training images make 1 batches" in log
 
     @pytest.mark.parametrize("trained", [True, False])
     def test_it_sees_images_as_the_training_did(
@@ -881,6 +886,9 @@ class TestCfg:
         (["--percent", "0.5", "--compensate", "best"], "--compensate: invalid choice: 'best'"),
         (["--percent", "0.5", "--importance", "L1"], "--importance: invalid choice: 'L1'"),
         (["--percent", "0.5", "--shortcut", "cut"], "--shortcut: invalid choice: 'cut'"),
+        (["--percent", "0.5", "--conf-thres", "0.1"], "--conf-thres acts only with --data"),
+        (["--percent", "0.5", "--single-cls"], "--single-cls acts only with --data"),
+        (["--percent", "0.5", "--calibration-images", "8"], "--calibration-images acts only with"),
         (["--percent", "0.5", "--calibration-images", "0"], "--calibration-images is 0"),
         (["--percent", "0.5", "--min-channels", "0"], "--min-channels is 0, expected at least 1"),
         (["--percent", "0.5", "--round-to", "0"], "--round-to is 0, expected at least 1"),
@@ -895,7 +903,19 @@ def test_bad_flags_are_one_clear_line(capsys, flags, message):
 
 
 def test_prefixes_of_flags():
-    short = ["--perc", "0.5", "--img", "320", "--batch", "8", "--dev", "cpu", "--dry"]
+    short = [
+        "--perc",
+        "0.5",
+        "--img",
+        "320",
+        "--batch",
+        "8",
+        "--data",
+        "d.yaml",
+        "--dev",
+        "cpu",
+        "--dry",
+    ]
     options = prune.parse_args(["--weights", "a.pt", *short])
     assert (options.percent, options.imgsz, options.batch_size) == ([0.5], 320, 8)
     assert options.dry_run

@@ -41,7 +41,9 @@ def test_a_target_is_met_by_the_smallest_cut(cost, count, share):
     measure = getattr(pruner, cost)
     target = share * count(pruner.model)
     wanted = Target("", share, True) if share == 0.6 else Target("", target, False)
-    keep = pruner.select(ratio_for_cost(pruner, measure, wanted, "FLOPs"))
+    ratio = ratio_for_cost(pruner, measure, wanted, "FLOPs")
+    keep = pruner.select(ratio)
+    assert float(f"{ratio:g}") == ratio  # prune.py prints it for --percent
     assert count(pruner.cut(keep)) == pytest.approx(measure(keep))
     assert measure(keep) <= target
     total = sum(len(mask) for mask in keep.masks.values())

@@ -7,6 +7,7 @@ answer they give.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ TARGET_UNITS: Mapping[str, Mapping[str, float]] = {
     "params": {"": 1, "k": 1e3, "K": 1e3, "M": 1e6},
     "latency": {"": 1, "ms": 1},
 }
-_COST_STEPS = 40  # halvings; a share of 1e-12 is less than one channel of any network
+RATIO_STEPS = 10_000  # of a share that is searched, so that it can be typed as --percent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +188,7 @@ def parse_target(text: str, units: Mapping[str, float]) -> Target:
 def ratio_for_cost(
     pruner: Pruner, cost: Callable[[KeepMasks], float], target: Target, unit: str
 ) -> float:
-    """The smallest share of channels whose removal brings a cost down to the target.
+    """The smallest share of channels, in steps of 0.0001, that brings a cost down to the target.
 
     Args:
         pruner: selects the channels.
@@ -198,8 +199,7 @@ def ratio_for_cost(
     Raises:
         ValueError: it is met already, or out of reach; the message says what is reachable and why.
     """
-    low, high = 0.0, MAX_RATIO
-    now, least = cost(pruner.select(low)), cost(pruner.select(high))
+    now, least = cost(pruner.select(0.0)), cost(pruner.select(MAX_RATIO))
     wanted = target.of(now)
     if wanted >= now:
         raise ValueError(
@@ -213,13 +213,9 @@ def ratio_for_cost(
             f"{_number(least)} ({least / now:.2%}) is left when all goes that may go. What stops "
             f"it: {pruner.limits()}{hint}"
         )
-    for _ in range(_COST_STEPS):
-        middle = (low + high) / 2
-        if cost(pruner.select(middle)) <= wanted:
-            high = middle
-        else:
-            low = middle
-    return high
+    shares = [step / RATIO_STEPS for step in range(int(MAX_RATIO * RATIO_STEPS))]
+    step = bisect.bisect_left(shares, True, key=lambda ratio: cost(pruner.select(ratio)) <= wanted)
+    return shares[step] if step < len(shares) else MAX_RATIO
 
 
 def _number(value: float) -> str:

@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Sequence
 
+MAX_DROP = 0.01  # of mAP@.5 that counts as nothing lost
 _TINY = 1e-9  # a drop of exactly `max_drop` passes, however the subtraction was rounded
 
 
@@ -28,7 +29,7 @@ class SweepRow:
     map50_95: float | None
 
 
-def find_knee(rows: Sequence[SweepRow], max_drop: float = 0.01) -> int | None:
+def find_knee(rows: Sequence[SweepRow], max_drop: float = MAX_DROP) -> int | None:
     """Index of the cheapest row before mAP falls.
 
     The rows are gone through by rising percent up to the first that lost more than `max_drop`:

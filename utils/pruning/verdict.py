@@ -15,9 +15,8 @@ from models.yolo import Model
 from utils.pruning.keep_masks import KeepMasks
 from utils.pruning.search import Pruner, largest_bearable, removed_share
 from utils.pruning.slimming import beta_magnitude, gamma_importance
-from utils.pruning.sweep import is_borne
+from utils.pruning.sweep import MAX_DROP, is_borne
 
-MAX_DROP = 0.01  # of mAP@.5 that counts as nothing lost
 # Less than this share of the channels for a point of mAP is what any network has to spare.
 READY_SHARE = 0.3
 LEAST_MAP50 = 0.1  # a network that detects next to nothing has nothing to lose
