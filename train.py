@@ -94,6 +94,7 @@ from utils.pruning.forecast import Forecast, SparsityPlan, choose_auto_rate, pla
 from utils.pruning.importance import DEFAULT_IMPORTANCE
 from utils.pruning.search import build_pruner
 from utils.pruning.slimming import (
+    DEFAULT_COST_POWER,
     MODES,
     GammaStatistics,
     SparsityPenalty,
@@ -123,7 +124,9 @@ LEAST_VALUES = {
 }
 # A flag that does nothing without another.
 ACTS_ONLY_WITH = {
-    **dict.fromkeys(("--sparsity_rate", "--sparsity_mode", "--shortcut"), "--bn_sparsity"),
+    **dict.fromkeys(
+        ("--sparsity_rate", "--sparsity_mode", "--sparsity_cost", "--shortcut"), "--bn_sparsity"
+    ),
     "--distill-gain": "--teacher",
 }
 # What a resumed run may be told anew; everything else comes from its checkpoint.
@@ -189,6 +192,15 @@ def build_parser() -> argparse.ArgumentParser:
         choices=MODES,
         default="subgradient",
         help="subgradient: joins the gradients (classic); proximal: after the step, exact zeros",
+    )
+    group.add_argument(
+        "--sparsity_cost",
+        "--sparsity-cost",
+        type=float,
+        metavar="POWER",
+        default=DEFAULT_COST_POWER,
+        help="the rate of a channel grows with this power of the operations that its removal "
+        "saves; 0: the same for all (classic); default: %(default)s",
     )
     group.add_argument(
         "--shortcut",
@@ -269,6 +281,8 @@ def _check_ranges(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         value = getattr(options, name)
         if value != "auto" and not low <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected at least {low}")
+    if not 0 <= options.sparsity_cost <= 1:
+        parser.error(f"--sparsity-cost is {options.sparsity_cost}, expected 0 to 1")
     if options.label_smoothing is not None and not 0 <= options.label_smoothing < 1:
         parser.error(f"--label-smoothing is {options.label_smoothing}, expected 0 to below 1")
 
@@ -722,10 +736,13 @@ class Run:
         )
         if self.penalty is not None:
             LOGGER.info(
-                "sparse training (%s, shortcuts: %s): rate %s on %d gammas in %d layers",
+                "sparse training (%s, shortcuts: %s): rate %s, by cost %.2g to %.2g times that, on "
+                "%d gammas in %d layers",
                 self.penalty.mode,
                 self.penalty.shortcut,
                 self.options.sparsity_rate,
+                min(float(weights.min()) for weights in self.penalty.weights),
+                max(float(weights.max()) for weights in self.penalty.weights),
                 self.penalty.num_channels,
                 len(self.penalty.batchnorms),
             )
@@ -835,7 +852,14 @@ def build_penalty(
     rate = options.sparsity_rate
     if rate == "auto":
         rate = choose_auto_rate(plan, median_gamma(batchnorms.values()))
-    return SparsityPenalty(model, rate, options.epochs, options.shortcut, options.sparsity_mode)
+    return SparsityPenalty(
+        model,
+        rate,
+        options.epochs,
+        options.shortcut,
+        options.sparsity_mode,
+        options.sparsity_cost,
+    )
 
 
 def add_teacher(run: Run, teacher: Model | None) -> None:

@@ -6,13 +6,17 @@ from torch import nn
 
 from models.spec import ModelSpec
 from models.yolo import Model
+from utils.optim import build_optimizer
+from utils.profile import count_gflops
 from utils.pruning.channel_groups import find_channel_groups
+from utils.pruning.rewrite import prune_model
 from utils.pruning.slimming import (
     AutoRate,
     GradientNoise,
     SparsityPenalty,
     add_l1_subgradient,
     beta_magnitude,
+    cost_weights,
     gamma_importance,
     gamma_statistics,
     median_gamma,
@@ -123,6 +127,53 @@ def test_the_proximal_step_by_hand():
     shrink_gamma([], 1.0)
     assert frozen.weight.tolist() == [1, 1]
     assert not bn.weight.any()
+
+
+def test_the_weights_follow_the_operations_that_a_channel_costs(model):
+    """Independent answer: cut one channel of a group, let thop count."""
+    groups = find_channel_groups(model, "group")
+    weights = cost_weights(model, groups, 0.5)
+    full = count_gflops(model, 64)
+    saved = {}
+    for name, group in groups.prunable.items():
+        masks = {n: torch.ones(g.num_channels, dtype=bool) for n, g in groups.prunable.items()}
+        masks[name][0] = False
+        saved[name] = full - count_gflops(prune_model(model, groups, masks), 64)
+        paths = list(group.producers)
+        assert all(torch.equal(weights[paths[0]], weights[path]) for path in paths)
+    first, *others = groups.prunable
+    for name in others:
+        ours = weights[next(iter(groups.prunable[name].producers))][0]
+        theirs = weights[next(iter(groups.prunable[first].producers))][0]
+        assert float(ours / theirs) == pytest.approx((saved[name] / saved[first]) ** 0.5)
+    assert float(torch.cat(list(weights.values())).median()) == 1
+    assert all((w == 1).all() for w in cost_weights(model, groups, 0).values())
+
+
+@pytest.mark.parametrize("mode", ["subgradient", "proximal"])
+def test_a_channel_is_pushed_by_its_weight_also_beside_a_frozen_layer(model, mode):
+    penalty = SparsityPenalty(model, 0.01, 4, mode=mode, cost_power=0.5)
+    weights = cost_weights(model, find_channel_groups(model, "group"), 0.5)
+    assert len({float(w[0]) for w in weights.values()}) > 3
+    set_gammas(model, [0.5, -0.5])
+    frozen = list(penalty.batchnorms)[1]
+    penalty.batchnorms[frozen].requires_grad_(False)
+    for bn in penalty.batchnorms.values():
+        if bn.weight.requires_grad:
+            bn.weight.grad, bn.bias.grad = torch.zeros_like(bn.weight), torch.zeros_like(bn.bias)
+    penalty.before_step(0, FINITE)
+    optimizer = build_optimizer(model, "SGD", lr=0.1, momentum=0.9, weight_decay=0)
+    penalty.after_step(0, FINITE, optimizer, copy.deepcopy(model))
+    for path, bn in penalty.batchnorms.items():
+        gamma = bn.weight.detach()
+        if path == frozen:
+            assert bn.weight.grad is None
+            assert torch.equal(gamma.abs(), torch.full_like(gamma, 0.5))
+        elif mode == "subgradient":
+            torch.testing.assert_close(bn.weight.grad, 0.01 * weights[path] * gamma.sign())
+            torch.testing.assert_close(bn.bias.grad, 0.1 * weights[path] * bn.bias.sign())
+        else:
+            torch.testing.assert_close(gamma.abs(), 0.5 - 0.1 * 0.01 * weights[path])
 
 
 def test_an_average_is_0_where_gamma_is_and_untouched_elsewhere():

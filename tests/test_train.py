@@ -698,6 +698,11 @@ REFUSED = {
     "patience without validation": (["--noval", "--patience", "3"], "needs the validation"),
     "rate of words": (["--bn_sparsity", "--sparsity_rate", "much"], "a number or auto, not 'much'"),
     "mode without penalty": (["--sparsity_mode", "proximal"], "--sparsity_mode acts only with"),
+    "cost without penalty": (["--sparsity_cost", "0"], "--sparsity_cost acts only with"),
+    "cost too high": (
+        ["--bn_sparsity", "--sparsity_cost", "2"],
+        "--sparsity-cost is 2.0, expected",
+    ),
     "rule without penalty": (["--shortcut", "keep"], "--shortcut acts only with --bn_sparsity"),
     "rate not finite": (["--bn_sparsity", "--sparsity_rate", "nan"], "--sparsity-rate is nan"),
     "gain without teacher": (["--distill-gain", "2"], "--distill-gain acts only with --teacher"),

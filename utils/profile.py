@@ -117,7 +117,7 @@ def summarise_rounds(rounds: np.ndarray) -> list[Latency]:
 def _for_inference(model: Model, device: torch.device, precision: torch.dtype) -> Model:
     """A copy in eval mode with BN folded; folded before the cast, in full precision."""
     fused = copy.deepcopy(model).float().eval().fuse()
-    return fused.to(device, precision, memory_format=torch.channels_last)
+    return fused.to(device, precision).to(memory_format=torch.channels_last)
 
 
 def _noise(

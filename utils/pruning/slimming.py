@@ -8,8 +8,12 @@ depends on nothing else, and the zeros are exact.
 Tied channels (`find_channel_groups`) are treated as equals: each gamma is penalised by itself. All
 gammas of a channel that is not used are driven to 0 alike, and it is the mean that is ranked.
 
+Channels that cost more operations are penalised more (`cost_weights`): a plain L1 term empties the
+deep layers, where channels are many and cheap, and leaves the first ones, where the time goes.
+
 References: Liu et al. 2017, Network Slimming, arXiv:1708.06519, section 3; Ye et al. 2018,
-arXiv:1802.00124, for the proximal step.
+arXiv:1802.00124, for the proximal step; Gordon et al. 2018, MorphNet, arXiv:1711.06798, for the
+weights by cost.
 """
 
 from __future__ import annotations
@@ -25,12 +29,14 @@ from torch import Tensor, nn
 
 from models.yolo import Model
 from utils.pruning.channel_groups import ChannelGroups, conv_block, find_channel_groups
+from utils.pruning.costs import NetworkCost
 from utils.pruning.keep_masks import suggested_percent
 
 MODES = ("subgradient", "proximal")
 
 RATE_DECAY = 0.9  # of the rate on gamma over the run; the last epoch has about a tenth
 BETA_FACTOR = 10.0  # beta is pushed harder, so that a channel with gamma 0 is also silent
+DEFAULT_COST_POWER = 0.5  # of train.py; why: benchmarks/slimming.md
 NOISE_MEMORY = 0.999  # of the running mean of squared gradients, as Adam's second moment
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # percentiles that go into results.csv
 
@@ -58,6 +64,32 @@ def _batchnorms(model: Model, channel_groups: ChannelGroups) -> dict[str, nn.Bat
     return found
 
 
+def cost_weights(model: Model, channel_groups: ChannelGroups, power: float) -> dict[str, Tensor]:
+    """The share of the rate that each channel gets.
+
+    It grows with a power of the multiply-accumulates that the removal of the channel saves in all
+    its producers and consumers; the median channel gets 1.
+
+    Args:
+        model: the network.
+        channel_groups: of `model`.
+        power: 0 for all alike.
+
+    Returns:
+        By path of the Conv blocks of `prunable_batchnorms` float32 `[C]` on the CPU.
+    """
+    paths = [path for path in channel_groups.outputs if channel_groups.is_prunable(path)]
+    macs = NetworkCost(model, channel_groups, model.max_stride).macs_per_channel()
+    costs = {
+        path: torch.cat(
+            [torch.full((s.size,), macs[s.group]) for s in channel_groups.outputs[path]]
+        )
+        for path in paths
+    }
+    median = torch.cat(list(costs.values())).median()
+    return {path: (cost / median) ** power for path, cost in costs.items()}
+
+
 def median_gamma(batchnorms: Iterable[nn.BatchNorm2d]) -> float:
     """The median of |gamma| over the channels that are trained.
 
@@ -77,7 +109,10 @@ def scheduled_rate(sparsity_rate: Rate, epoch: int, epochs: int) -> Rate:
 
 @torch.no_grad()
 def add_l1_subgradient(
-    batchnorms: Iterable[nn.BatchNorm2d], gamma_rate: float | Tensor, beta_rate: float | Tensor
+    batchnorms: Iterable[nn.BatchNorm2d],
+    gamma_rate: float | Tensor,
+    beta_rate: float | Tensor,
+    weights: Iterable[Tensor] | None = None,
 ) -> None:
     """Add `gamma_rate * sign(gamma)` to the gradients of gamma, 10 x `beta_rate` to those of beta.
 
@@ -89,31 +124,53 @@ def add_l1_subgradient(
         batchnorms: as `prunable_batchnorms` gives them.
         gamma_rate: lambda_l1 now, as `scheduled_rate` gives it.
         beta_rate: the sparsity rate itself, which does not decay for beta.
+        weights: factors of the rates of each channel, `[C]` a batch norm, on its device.
     """
     layers = list(batchnorms)
-    _add_sign([bn.weight for bn in layers], gamma_rate)
-    _add_sign([bn.bias for bn in layers], BETA_FACTOR * beta_rate)
+    factors = _ones(layers) if weights is None else list(weights)
+    _add_sign([bn.weight for bn in layers], gamma_rate, factors)
+    _add_sign([bn.bias for bn in layers], BETA_FACTOR * beta_rate, factors)
 
 
-def _add_sign(parameters: list[nn.Parameter], rate: float | Tensor) -> None:
-    trained = [p for p in parameters if p.grad is not None]
-    if trained:
-        terms = torch.cat([p.detach() for p in trained]).sign_().mul_(rate)
-        grads = [p.grad for p in trained if p.grad is not None]
-        torch._foreach_add_(grads, terms.split([len(p) for p in trained]))
+def _ones(batchnorms: Iterable[nn.BatchNorm2d]) -> list[Tensor]:
+    return [torch.ones_like(bn.weight) for bn in batchnorms]
+
+
+def _add_sign(parameters: list[nn.Parameter], rate: float | Tensor, factors: list[Tensor]) -> None:
+    pushed = [
+        (p.grad, p.detach(), factor)
+        for p, factor in zip(parameters, factors, strict=True)
+        if p.grad is not None
+    ]
+    if pushed:
+        grads, values, factors = (list(column) for column in zip(*pushed, strict=True))
+        terms = torch._foreach_mul(torch._foreach_sign(values), factors)
+        torch._foreach_add_(grads, torch._foreach_mul(terms, rate))
 
 
 @torch.no_grad()
-def shrink_gamma(batchnorms: Iterable[nn.BatchNorm2d], threshold: float | Tensor) -> None:
+def shrink_gamma(
+    batchnorms: Iterable[nn.BatchNorm2d],
+    threshold: float | Tensor,
+    weights: Iterable[Tensor] | None = None,
+) -> None:
     """The proximal step: gamma becomes sign(gamma) * max(|gamma| - threshold, 0).
 
     To be called after the optimizer's step, with its learning rate times lambda_l1; what is closer
-    to 0 than that becomes exactly 0. Frozen parameters stay. Never waits for the device.
+    to 0 than that becomes exactly 0. Frozen parameters stay. Never waits for the device. With
+    `weights` the threshold is a multiple for each channel, as for `add_l1_subgradient`.
     """
-    gammas = [bn.weight.detach() for bn in batchnorms if bn.weight.requires_grad]
-    if gammas:
+    layers = list(batchnorms)
+    factors = _ones(layers) if weights is None else list(weights)
+    trained = [
+        (bn.weight.detach(), factor)
+        for bn, factor in zip(layers, factors, strict=True)
+        if bn.weight.requires_grad
+    ]
+    if trained:
+        gammas, factors = (list(column) for column in zip(*trained, strict=True))
         together = torch.cat(gammas)
-        limit = torch.as_tensor(threshold, dtype=together.dtype, device=together.device)
+        limit = torch.cat(factors) * threshold
         lost = torch.clamp(together, -limit, limit)  # all of it where |gamma| <= threshold
         torch._foreach_sub_(gammas, lost.split([len(gamma) for gamma in gammas]))
 
@@ -215,8 +272,17 @@ class SparsityPenalty:
         epochs: int,
         shortcut: str = "group",
         mode: str = "subgradient",
+        cost_power: float = 0.0,
     ) -> None:
-        """`epochs` is the length of the whole run, a resumed part included.
+        """Find what is to be penalised.
+
+        Args:
+            model: on its device, as it is trained.
+            sparsity_rate: lambda at the start of the run, of a channel of median cost.
+            epochs: length of the whole run, a resumed part included.
+            shortcut: one of `SHORTCUT_RULES`.
+            mode: one of `MODES`.
+            cost_power: of `cost_weights`.
 
         Raises:
             ValueError: a negative rate, an unknown mode or a network without prunable batch norms.
@@ -225,7 +291,10 @@ class SparsityPenalty:
             raise ValueError(f"sparsity_rate is {sparsity_rate}, expected a number from 0")
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
-        self.batchnorms = prunable_batchnorms(model, shortcut)
+        channel_groups = find_channel_groups(model, shortcut)
+        self.batchnorms = _batchnorms(model, channel_groups)
+        weights = cost_weights(model, channel_groups, cost_power)
+        self.weights = [weights[path].to(bn.weight) for path, bn in self.batchnorms.items()]
         self.sparsity_rate = sparsity_rate
         self.epochs = epochs
         self.shortcut = shortcut
@@ -254,7 +323,7 @@ class SparsityPenalty:
         if self.mode == "subgradient":
             full = self._full_rate()
             rate = scheduled_rate(full, epoch, self.epochs)
-            add_l1_subgradient(self.batchnorms.values(), rate, full)
+            add_l1_subgradient(self.batchnorms.values(), rate, full, self.weights)
 
     def after_step(
         self, epoch: int, gradient_norm: Tensor, optimizer: torch.optim.Optimizer, averaged: Model
@@ -272,7 +341,8 @@ class SparsityPenalty:
             return
         lr = next(group["lr"] for group in optimizer.param_groups if group["kind"] == "norms")
         rate = scheduled_rate(self._full_rate(), epoch, self.epochs)
-        shrink_gamma(self.batchnorms.values(), gradient_norm.isfinite() * (lr * rate))
+        threshold = gradient_norm.isfinite() * (lr * rate)
+        shrink_gamma(self.batchnorms.values(), threshold, self.weights)
         averages = [conv_block(averaged, path).bn for path in self.batchnorms]
         zero_average(averages, self.batchnorms.values())
 
