@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CLASSIC = ["--shortcut", "keep", "--importance", "gamma", "--compensate", "none"]
 CLASSIC += ["--recalibrate", "0"]
 PERCENTS = [f"{step / 10:g}" for step in range(1, 8)]
-DEEP = ("50%", "35%", "30%")  # of the GFLOPs, for the comparison of methods
+DEEP = ("50%", "35%", "25%")  # of the GFLOPs, for comparisons
 SLIM = "25%"  # of the GFLOPs, for fine-tuning
 METHODS = {
     "|gamma|, nothing folded": ["--importance", "gamma", "--compensate", "none"],
@@ -129,15 +129,16 @@ def list_steps(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
         command = ["train.py", *data, *study.train, *flags, *machine, "--name", name]
         return Step(name, command, folder / name / "results.png")  # drawn last
 
-    def prune(name: str, *flags: str, result: str = "report.json") -> Step:
-        command = ["prune.py", *data, "--weights", str(sparse), *flags, *machine, "--name", name]
+    def prune(name: str, *flags: str, result: str = "report.json", source: str = "sparse") -> Step:
+        weights = folder / source / "weights/last.pt"
+        command = ["prune.py", *data, "--weights", str(weights), *flags, *machine, "--name", name]
         return Step(name, command, folder / name / result)
 
-    dense, sparse = (folder / name / "weights" / f"{file}.pt" for name, file in
-                     (("dense", "best"), ("sparse", "last")))  # fmt: skip
     start = study.start or ("--weights", options.weights)
     yield train("dense", *start)
-    yield train("sparse", *start, "--bn_sparsity", "--sparsity_rate", options.rate)
+    penalty = ["--bn_sparsity", "--sparsity_rate", options.rate]
+    yield train("sparse", *start, *penalty)
+    yield train("plain", *start, *penalty, "--sparsity_cost", "0")
     yield prune("classic", "--percent", *PERCENTS, *CLASSIC, result="sweep.csv")
     yield prune("ours", "--percent", *PERCENTS, result="sweep.csv")
     for percent, gflops in _classic_gflops(folder):
@@ -146,11 +147,14 @@ def list_steps(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
         for method, choice in METHODS.items():
             amount = ["--target-gflops", share, "--recalibrate", "0", "--latency-batch", "1"]
             yield prune(f"{share}, {method}", *amount, *choice)
+    for share in DEEP:
+        for source in ("sparse", "plain"):
+            yield prune(f"{source}-{share}", "--target-gflops", share, source=source)
     yield prune("slim", "--target-gflops", SLIM)
     slim = ["--weights", str(folder / "slim/pruned_model.pt"), "--ft_pruned_model"]
     slim += ["--hyp", "hyp.finetune_slim.yaml"]
     yield train("finetuned", *slim)
-    yield train("distilled", *slim, "--teacher", str(dense))
+    yield train("distilled", *slim, "--teacher", str(folder / "dense/weights/best.pt"))
 
 
 def _classic_gflops(folder: Path) -> list[tuple[str, float]]:
@@ -172,8 +176,8 @@ def _read_report(folder: Path, name: str) -> dict[str, Any]:
 
 def tables(folder: Path) -> list[str]:
     """The results as Markdown."""
-    return [_training_table(folder), _equal_table(folder), _percent_table(folder),
-            _method_table(folder), _slim_table(folder)]  # fmt: skip
+    makers = (_training_table, _penalty_table, _equal_table, _percent_table, _method_table)
+    return [maker(folder) for maker in (*makers, _slim_table)]
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -189,7 +193,7 @@ def _pair(before: float | str, after: float | str) -> str:
 def _training_table(folder: Path) -> str:
     """MAP of the last epoch, and of the best."""
     rows = []
-    for name in ("dense", "sparse"):
+    for name in ("dense", "sparse", "plain"):
         results = read_results(folder / name / "results.csv")
         scores = list(zip(results["metrics/mAP_0.5"], results["metrics/mAP_0.5:0.95"], strict=True))
         best = max(scores, key=lambda pair: 0.1 * pair[0] + 0.9 * pair[1])
@@ -197,6 +201,22 @@ def _training_table(folder: Path) -> str:
         rows.append((name, _pair(*scores[-1]), _pair(*best), f"{near_0[-1]:.0%}" if near_0 else ""))
     heads = ("training", "last epoch, mAP@.5 / .5:.95", "best epoch", "abs(gamma) below 0.01")
     return _table("Training", heads, rows)
+
+
+def _penalty_table(folder: Path) -> str:
+    """What is left of mAP after deep cuts, with and without weights by cost in the training."""
+    rows = []
+    for name, text in (("sparse", "penalty by cost"), ("plain", "same for all")):
+        reports = [_read_report(folder, f"{name}-{share}") for share in DEEP]
+        cells = [
+            f"{_pair(r['after']['map50'], r['after']['map50_95'])}, "
+            f"{r['after']['parameters'] / r['before']['parameters']:.0%} of the parameters"
+            for r in reports
+        ]
+        before = reports[0]["before"]
+        rows.append((text, _pair(before["map50"], before["map50_95"]), *cells))
+    heads = ("sparse training", "uncut", *(f"GFLOPs {share}" for share in DEEP))
+    return _table("Before fine-tuning, by the penalty of the sparse training", heads, rows)
 
 
 def _equal_table(folder: Path) -> str:
