@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 
 import cv2
@@ -126,7 +127,7 @@ def test_mosaic_keeps_objects_and_boxes_together(seed):
         tile.image[box[1] : box[3], box[0] : box[2]] = COLOURS_BGR[number]
         label = np.array([[number, *box]], np.float32)
         tiles[number] = Sample(tile.image, label, [NONE])
-    canvas = mosaic(tiles, 80, np.random.default_rng(seed))
+    canvas = mosaic(tiles, 80, np.random.default_rng(seed)).paint()
     assert canvas.image.shape == (160, 160, 3)
     assert len(canvas.labels) == len(canvas.segments) == 4
     cut = warp(canvas, np.eye(3), (160, 160))  # drops what the canvas cuts away
@@ -137,7 +138,7 @@ def test_mosaic_without_any_object():
     canvas = mosaic([painted(32, 32, [])] * 4, 32, np.random.default_rng(0))
     assert canvas.labels.shape == (0, 5)
     assert canvas.segments == []
-    assert (canvas.image == 0).any()
+    assert (canvas.paint().image == 0).any()
     warped = warp(canvas, draw_warp((64, 64), (32, 32), LOW, np.random.default_rng(0)), (32, 32))
     assert warped.labels.shape == (0, 5)
     assert warped.image.shape == (32, 32, 3)
@@ -240,6 +241,43 @@ def test_warp_of_a_mosaic_follows_too():
         canvas = mosaic(tiles, 128, rng)
         warped = warp(canvas, draw_warp(canvas.hw, (128, 128), hyp, rng), (128, 128))
         assert_boxes_follow(warped)
+
+
+@pytest.mark.parametrize("strengths", WARPS)
+@pytest.mark.parametrize("seed", range(4))
+def test_each_image_of_a_mosaic_is_warped_to_where_the_painted_canvas_has_it(strengths, seed):
+    rng = np.random.default_rng(seed)
+    hyp = dataclasses.replace(STILL, **strengths)
+    shapes = [(96, 128), (128, 90), (128, 128), (40, 128)]
+    tiles = []
+    for height, width in shapes:  # smooth pictures: interpolation hardly depends on rounding
+        rough = rng.integers(0, 256, (3, 4, 3)).astype(np.uint8)
+        image = cv2.resize(rough, (width, height), interpolation=cv2.INTER_CUBIC)
+        tiles.append(Sample(image, np.zeros((0, 5), np.float32), []))
+    collage = mosaic(tiles, 128, rng)
+    matrix = draw_warp(collage.hw, (128, 160), hyp, rng)
+    ours = warp(collage, matrix, (128, 160)).image.astype(int)
+    painted_first = warp(collage.paint(), matrix, (128, 160)).image.astype(int)
+    # Which image, or none, the centre of each pixel falls on, and whether its neighbours agree.
+    owner = np.full(collage.hw, -1)
+    for number, (image, (left, top)) in enumerate(
+        zip(collage.images, collage.corners_xy, strict=True)
+    ):
+        owner[top : top + image.shape[0], left : left + image.shape[1]] = number
+    back, far_from_seams = np.linalg.inv(matrix), np.zeros((128, 160), bool)
+    for row, column in np.ndindex(128, 160):
+        x, y, depth = back @ (column + 0.5, row + 0.5, 1)
+        x, y = math.floor(x / depth), math.floor(y / depth)
+        inside = 0 <= x < collage.hw[1] and 0 <= y < collage.hw[0]
+        mine = owner[y, x] if inside else -1
+        if mine < 0:
+            assert (ours[row, column] == GREY).all()
+        near = owner[max(y - 2, 0) : max(y + 3, 0), max(x - 2, 0) : max(x + 3, 0)]
+        at_border = not (2 <= x < collage.hw[1] - 2 and 2 <= y < collage.hw[0] - 2)
+        far_from_seams[row, column] = not at_border and (near == mine).all()
+    assert far_from_seams.mean() > 0.3
+    assert np.abs(ours - painted_first)[far_from_seams].max() <= 6
+    assert np.abs(ours - painted_first)[far_from_seams].mean() < 0.5
 
 
 def test_identity_warp_is_exact():

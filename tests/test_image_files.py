@@ -149,3 +149,22 @@ def test_missing_image(tmp_path):
     for function in (image_hw, read_image):
         with pytest.raises(FileNotFoundError):
             function(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_a_reduced_image_is_the_image_averaged(tmp_path, orientation, reduction):
+    path = save(tmp_path / "a.jpg", picture(120, 179))
+    path.write_bytes(with_exif(path.read_bytes(), orientation))
+    whole, small = read_image(path), read_image(path, reduction)
+    height, width = whole.shape[:2]
+    assert small.shape == (-(-height // reduction), -(-width // reduction), 3)
+    rows, columns = height // reduction, width // reduction
+    cut = whole[: rows * reduction, : columns * reduction].astype(float)
+    blocks = cut.reshape(rows, reduction, columns, reduction, 3).mean((1, 3))
+    assert np.abs(blocks - small[:rows, :columns]).mean() < 4
+
+
+def test_only_jpeg_files_are_reduced(tmp_path):
+    path = save(tmp_path / "a.png", picture(120, 179))
+    assert np.array_equal(read_image(path, 4), picture(120, 179))

@@ -105,7 +105,24 @@ def move_objects(
 
 
 # -------------------------------------------------------------------------------- composing images
-def mosaic(tiles: Sequence[Sample], side: int, rng: np.random.Generator) -> Sample:
+class Collage(NamedTuple):
+    """Images laid out on a grey canvas that is never painted; `warp` takes each to its place."""
+
+    hw: tuple[int, int]  # of the canvas
+    images: list[np.ndarray]  # uint8 BGR, without what hangs over the border of the canvas
+    corners_xy: list[tuple[int, int]]  # of the upper left pixel of each image on the canvas
+    labels: np.ndarray  # of all, as those of a Sample of the canvas
+    segments: list[np.ndarray]
+
+    def paint(self) -> Sample:
+        """The canvas as one image."""
+        canvas = np.full((*self.hw, 3), GREY, np.uint8)
+        for image, (left, top) in zip(self.images, self.corners_xy, strict=True):
+            canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+        return Sample(canvas, self.labels, self.segments)
+
+
+def mosaic(tiles: Sequence[Sample], side: int, rng: np.random.Generator) -> Collage:
     """Lay four samples around a random point of a canvas of twice the side.
 
     Args:
@@ -117,21 +134,21 @@ def mosaic(tiles: Sequence[Sample], side: int, rng: np.random.Generator) -> Samp
     Returns:
         The canvas; objects may hang over its border.
     """
-    canvas = np.full((2 * side, 2 * side, 3), GREY, np.uint8)
     centre_x, centre_y = rng.integers(side // 2, side + side // 2 + 1, 2).tolist()
+    collage = Collage((2 * side, 2 * side), [], [], np.zeros((0, 5), np.float32), [])
     labels: list[np.ndarray] = []
-    segments: list[np.ndarray] = []
     for position, tile in enumerate(tiles):
         height, width = tile.hw
         left = centre_x if position % 2 else centre_x - width
         top = centre_y if position >= 2 else centre_y - height
         x1, y1 = max(left, 0), max(top, 0)
         x2, y2 = min(left + width, 2 * side), min(top + height, 2 * side)
-        canvas[y1:y2, x1:x2] = tile.image[y1 - top : y2 - top, x1 - left : x2 - left]
+        collage.images.append(tile.image[y1 - top : y2 - top, x1 - left : x2 - left])
+        collage.corners_xy.append((x1, y1))
         moved, moved_segments = move_objects(tile.labels, tile.segments, (1, 1), (left, top))
         labels.append(moved)
-        segments += moved_segments
-    return Sample(canvas, np.concatenate(labels), segments)
+        collage.segments.extend(moved_segments)
+    return collage._replace(labels=np.concatenate(labels))
 
 
 def mixup(first: Sample, second: Sample, rng: np.random.Generator) -> Sample:
@@ -230,7 +247,7 @@ def draw_warp(
     return shifting @ shearing @ rotation @ perspective @ centring
 
 
-def warp(sample: Sample, matrix: np.ndarray, out_hw: tuple[int, int]) -> Sample:
+def warp(sample: Sample | Collage, matrix: np.ndarray, out_hw: tuple[int, int]) -> Sample:
     """Map a sample by a matrix [3, 3] and cut it to the output.
 
     A box becomes the box around its mapped corners, or around its mapped polygon where there is
@@ -240,7 +257,10 @@ def warp(sample: Sample, matrix: np.ndarray, out_hw: tuple[int, int]) -> Sample:
     Returns:
         The new sample; its polygons are gone (all k = 0), the boxes hold what they said.
     """
-    image = _warp_image(sample.image, matrix, out_hw)
+    if isinstance(sample, Collage):
+        image = _warp_collage(sample, matrix, out_hw)
+    else:
+        image = _warp_image(sample.image, matrix, out_hw)
     boxes, visible = _warp_boxes(sample.labels[:, 1:], matrix, sample.hw, out_hw)
     for index, polygon in enumerate(sample.segments):
         if len(polygon):
@@ -261,12 +281,57 @@ _HALF_PIXEL_BACK = np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]])
 def _warp_image(image: np.ndarray, matrix: np.ndarray, out_hw: tuple[int, int]) -> np.ndarray:
     if image.shape[:2] == out_hw and np.allclose(matrix, np.eye(3), atol=1e-9):
         return image
+    return _interpolate(image, matrix, out_hw, cv2.BORDER_CONSTANT)
+
+
+def _interpolate(
+    image: np.ndarray, matrix: np.ndarray, out_hw: tuple[int, int], border: int
+) -> np.ndarray:
     # OpenCV counts from the centre of the first pixel, boxes from its corner.
     matrix = _HALF_PIXEL_BACK @ matrix @ _HALF_PIXEL
-    size_wh, border = (out_hw[1], out_hw[0]), (GREY,) * 3
+    settings = {"dsize": (out_hw[1], out_hw[0]), "borderMode": border, "borderValue": (GREY,) * 3}
     if matrix[2, 0] or matrix[2, 1]:
-        return cv2.warpPerspective(image, matrix, size_wh, borderValue=border)
-    return cv2.warpAffine(image, matrix[:2] / matrix[2, 2], size_wh, borderValue=border)
+        return cv2.warpPerspective(image, matrix, **settings)
+    return cv2.warpAffine(image, matrix[:2] / matrix[2, 2], **settings)
+
+
+def _warp_collage(collage: Collage, matrix: np.ndarray, out_hw: tuple[int, int]) -> np.ndarray:
+    """The image that warping the painted canvas gives, but with sharp seams.
+
+    A pixel of the output shows the image that its centre falls on.
+    """
+    out = np.full((*out_hw, 3), GREY, np.uint8)
+    is_upright = not (matrix[0, 1] or matrix[1, 0] or matrix[2, 0] or matrix[2, 1])
+    for image, (left, top) in zip(collage.images, collage.corners_xy, strict=True):
+        height, width = image.shape[:2]
+        if not height or not width:
+            continue
+        to_output = matrix @ np.array([[1, 0, left], [0, 1, top], [0, 0, 1]])
+        corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float64)
+        quad = _map_points(corners, to_output)
+        # The first pixel whose centre is inside, and the first behind.
+        x1, y1 = np.ceil(quad.min(0) - 0.5).clip(0).astype(int).tolist()
+        x2, y2 = np.ceil(quad.max(0) - 0.5).clip(None, out_hw[::-1]).astype(int).tolist()
+        if x2 <= x1 or y2 <= y1:
+            continue
+        to_region = np.array([[1, 0, -x1], [0, 1, -y1], [0, 0, 1]]) @ to_output
+        part = _interpolate(image, to_region, (y2 - y1, x2 - x1), cv2.BORDER_REPLICATE)
+        region = out[y1:y2, x1:x2]
+        if is_upright:
+            region[:] = part
+        else:
+            cv2.copyTo(part, _inside(to_region, (height, width), region.shape[:2]), region)
+    return out
+
+
+def _inside(matrix: np.ndarray, in_hw: tuple[int, int], out_hw: tuple[int, int]) -> np.ndarray:
+    """Which pixels of an output, uint8 [H, W], have their centre on the mapped input."""
+    back = np.linalg.inv(matrix)
+    x, y = np.arange(out_hw[1]) + 0.5, np.arange(out_hw[0])[:, None] + 0.5
+    in_x, in_y, depth = (row[0] * x + row[1] * y + row[2] for row in back)
+    height, width = in_hw
+    on_x = (in_x >= 0) & (in_x < width * depth)
+    return (on_x & (in_y >= 0) & (in_y < height * depth)).astype(np.uint8)
 
 
 def _map_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils.augment import (
     GREY,
+    Collage,
     Sample,
     augment_colour_and_flip,
     copy_paste,
@@ -38,7 +39,7 @@ from utils.augment import (
 from utils.boxes import Letterbox
 from utils.config import Hyperparameters
 from utils.image_cache import build_image_cache, num_usable_cores
-from utils.image_files import read_image
+from utils.image_files import REDUCTIONS, read_image
 from utils.scan import ScanReport, Split, scan_split
 
 __all__ = [
@@ -177,19 +178,27 @@ class DetectionDataset(Dataset[Item]):
         return np.maximum(np.rint(hw * self.imgsz / hw.max(1, keepdims=True)), 1).astype(np.int64)
 
     def _variant(self) -> str:
-        return f"{self.imgsz}-{'area' if self.hyp is None else 'linear'}"
+        return f"{self.imgsz}-{'area' if self.hyp is None else 'reduced'}"
 
     def _load(self, index: int) -> np.ndarray:
         """Decode and resize one image; long side = imgsz."""
         path = self.split.paths[index]
         try:
-            image = read_image(path)
+            image = read_image(path, self._reduction(index))
         except OSError as error:
             # One damaged or deleted image must not end a long run, a lost drive must.
             self._check_others_are_there(path)
             self._problems[index] = _describe(error, path)
             return np.full((*self._resized_hw()[index], 3), GREY, np.uint8)
         return resize_long_side(image, self.imgsz, smooth=self.hyp is None)
+
+    def _reduction(self, index: int) -> int:
+        """How small a training image may be decoded so that it is only ever shrunk after that."""
+        if self.hyp is not None:
+            for reduction in sorted(REDUCTIONS, reverse=True):
+                if self.split.shapes_hw[index].max() >= reduction * self.imgsz:
+                    return reduction
+        return 1
 
     def _check_others_are_there(self, path: str) -> None:
         folder, paths = Path(path).parent, self.split.paths
@@ -253,13 +262,16 @@ class DetectionDataset(Dataset[Item]):
         rng: np.random.Generator,
     ) -> Sample:
         """One image or a mosaic of four, with pasted objects, warped to the input shape."""
+        canvas: Sample | Collage
         if not self.rect and rng.random() < hyp.mosaic:
             indices = [index, *rng.integers(len(self), size=3).tolist()]
             rng.shuffle(indices)
             canvas = mosaic([self._sample(i) for i in indices], self.imgsz, rng)
         else:
             canvas = letterbox_sample(self._sample(index), shape_hw)
-        canvas = copy_paste(canvas, hyp.copy_paste, rng)
+        if hyp.copy_paste and any(map(len, canvas.segments)):
+            painted = canvas.paint() if isinstance(canvas, Collage) else canvas
+            canvas = copy_paste(painted, hyp.copy_paste, rng)
         return warp(canvas, draw_warp(canvas.hw, shape_hw, hyp, rng), shape_hw)
 
 
