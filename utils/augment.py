@@ -289,10 +289,11 @@ def _interpolate(
 ) -> np.ndarray:
     # OpenCV counts from the centre of the first pixel, boxes from its corner.
     matrix = _HALF_PIXEL_BACK @ matrix @ _HALF_PIXEL
-    settings = {"dsize": (out_hw[1], out_hw[0]), "borderMode": border, "borderValue": (GREY,) * 3}
+    size_wh, grey = (out_hw[1], out_hw[0]), (GREY,) * 3
     if matrix[2, 0] or matrix[2, 1]:
-        return cv2.warpPerspective(image, matrix, **settings)
-    return cv2.warpAffine(image, matrix[:2] / matrix[2, 2], **settings)
+        return cv2.warpPerspective(image, matrix, size_wh, borderMode=border, borderValue=grey)
+    affine = matrix[:2] / matrix[2, 2]
+    return cv2.warpAffine(image, affine, size_wh, borderMode=border, borderValue=grey)
 
 
 def _warp_collage(collage: Collage, matrix: np.ndarray, out_hw: tuple[int, int]) -> np.ndarray:
