@@ -1,0 +1,76 @@
+"""Measure the training loader: mosaic and full augmentation, images per second.
+
+    python -m benchmarks.loader --data data/bccd.yaml --img 640 --out loader.md
+
+Once in this process with one thread, which is the figure per core, and once with --workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks import harness, plain
+from utils.command import run_command
+from utils.config import Hyperparameters, find_config, load_hyperparameters
+from utils.dataset import DetectionDataset, Split, build_loader, scan_split
+from utils.device import select_device
+from utils.downloads import open_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Time whole passes over the training images."""
+    parser = harness.build_parser(__doc__)
+    parser.add_argument("--hyp", default="hyp.scratch-low.yaml", help="hyperparameter yaml")
+    options = parser.parse_args(argv)
+    device = select_device(options.device)
+    hyp = load_hyperparameters(find_config(options.hyp, ["data/hyps"], ROOT))
+    data = open_dataset(options.data)
+    split = scan_split(data.train, data.names)
+    sections = []
+    for workers in sorted({0, options.workers}):
+        harness.set_threads(options.threads if workers else 1)
+        variants = {
+            "plain": plain_epoch(split, options.img, hyp, options.batch, workers),
+            "ours": our_epoch(split, options.img, hyp, options.batch, workers),
+        }
+        times = harness.take_turns(variants, options.repeats, device)
+        title = f"Loader processes: {workers}" if workers else "One core, no loader process"
+        sections.append(f"## {title}\n\n" + harness.timing_table(times, len(split), "images"))
+    harness.report("Loader", device, sections, options.out)
+
+
+def our_epoch(
+    split: Split, imgsz: int, hyp: Hyperparameters, batch: int, workers: int
+) -> Callable[[], None]:
+    """One pass of the loader that train.py has; another epoch at each call."""
+    dataset = DetectionDataset(split, imgsz, hyp=hyp)
+    loader = build_loader(dataset, batch, workers=workers, shuffle=True)
+    epochs = itertools.count()
+
+    def run() -> None:
+        loader.set_epoch(next(epochs))
+        for _ in loader:
+            pass
+
+    return run
+
+
+def plain_epoch(
+    split: Split, imgsz: int, hyp: Hyperparameters, batch: int, workers: int
+) -> Callable[[], None]:
+    """One pass of the textbook loader."""
+    loader = plain.build_loader(plain.PlainDataset(split, imgsz, hyp), batch, workers)
+
+    def run() -> None:
+        for _ in loader:
+            pass
+
+    return run
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,171 @@
+"""Measure training: whole epochs (loader and step), the step alone, and peak memory.
+
+    python -m benchmarks.training --models n s --out training.md
+    python -m benchmarks.training --models n --img 640 --batch 64 --workers 16 --device 0
+
+Ours is what train.py does with its defaults; both take an optimizer step a batch. The networks
+start from fresh weights, or with --weights from the tensors of that file that fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+import train
+from benchmarks import harness, plain
+from models import Model
+from utils.command import run_command
+from utils.dataset import Batch, Loader, round_imgsz
+from utils.device import select_device, select_precision
+
+NUM_BATCHES = 4  # in memory, for the step alone
+
+
+def build_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """The flags that `build_ours` and `build_plain` read, and --models."""
+    parser = harness.build_parser(description)
+    parser.add_argument("--weights", default="", help="checkpoint to start from; default: none")
+    parser.add_argument("--hyp", default="hyp.scratch-low.yaml", help="hyperparameter yaml")
+    parser.add_argument("--optimizer", choices=("SGD", "AdamW"), default="SGD")
+    models = parser.add_argument(
+        "--models", nargs="+", metavar="SIZE", help="n, s, m, l, x, n6 ..."
+    )
+    models.default = ["n", "s"]
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Epoch, step and memory of each network."""
+    options = build_parser(__doc__).parse_args(argv)
+    device = select_device(options.device)
+    harness.set_threads(options.threads)
+    sections = []
+    for size in options.models:
+        for title, table in measure(options, size, device).items():
+            sections.append(f"## YOLOv5{size}: {title}\n\n{table}")
+    harness.report("Training", device, sections, options.out)
+
+
+def measure(options: argparse.Namespace, size: str, device: torch.device) -> dict[str, str]:
+    """The tables of one network by title."""
+    run, loader = build_ours(options, size)
+    textbook, plain_loader = build_plain(options, size)
+    with silence():
+        batches = InMemory(itertools.islice(loader, NUM_BATCHES))
+    num_images, num_in_memory = (
+        len(loader.batch_sampler.dataset),
+        sum(len(batch.images) for batch in batches),
+    )
+    tables = {}
+    for title, count, pair in (
+        ("epoch with loader", num_images, (plain_loader, loader)),
+        (f"{len(batches)} steps, data in memory", num_in_memory, (batches, batches)),
+    ):
+        variants = {"plain": plain_epoch(textbook, pair[0]), "ours": our_epoch(run, pair[1])}
+        times = harness.take_turns(variants, options.repeats, device)
+        tables[title] = harness.timing_table(times, count, "images")
+    peaks = {
+        name: harness.measure_peak(train_alone, options=vars(options), size=size, name=name)
+        for name in variants
+    }
+    tables["peak memory"] = harness.memory_table(peaks)
+    return tables
+
+
+class InMemory(list[Batch]):
+    """Batches in the place of a loader."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """The same in every epoch."""
+
+
+def _prepare(
+    options: argparse.Namespace, size: str
+) -> tuple[argparse.Namespace, train.Inputs, torch.device, Model, int]:
+    """Options of train.py, what it finds, and a network with the image size that suits it."""
+    argv = ["--cfg", f"yolov5{size}.yaml", "--nominal-batch", str(options.batch)]
+    for flag in ("data", "weights", "hyp", "img", "batch", "optimizer", "workers", "device"):
+        argv += [f"--{flag}", str(getattr(options, flag))]
+    flags, _ = train.parse_args(argv)
+    inputs = train.find_inputs(flags, None)
+    torch.manual_seed(0)
+    model = train.build_network(inputs, flags)
+    return (
+        flags,
+        inputs,
+        select_device(flags.device),
+        model,
+        round_imgsz(flags.imgsz, model.max_stride),
+    )
+
+
+def build_ours(options: argparse.Namespace, size: str) -> tuple[train.Run, Loader]:
+    """A training run and its loader as train.py builds them."""
+    flags, inputs, device, model, imgsz = _prepare(options, size)
+    splits = train.scan_splits(inputs.data, flags)
+    loader, _ = train.build_loaders(flags, inputs.hyp, *splits, imgsz, model.max_stride)
+    precision = select_precision(flags.amp, device)
+    run = train.build_run(flags, inputs, model, imgsz, device, precision, len(loader), Path())
+    return run, loader
+
+
+def build_plain(
+    options: argparse.Namespace, size: str
+) -> tuple[plain.PlainTraining, DataLoader[Any]]:
+    """The textbook training of the same network on the same images."""
+    flags, inputs, device, model, imgsz = _prepare(options, size)
+    split, _ = train.scan_splits(inputs.data, flags)
+    dataset = plain.PlainDataset(split, imgsz, inputs.hyp)
+    loader = plain.build_loader(dataset, options.batch, options.workers)
+    settings = train.loss_settings(inputs.hyp, model, imgsz)
+    return plain.PlainTraining(model, settings, inputs.hyp, options.optimizer, device), loader
+
+
+def our_epoch(run: train.Run, batches: Loader | InMemory) -> Callable[[], None]:
+    """One pass as train.py does it; a new epoch at each call, from 1, as 0 draws pictures."""
+    epochs = itertools.count(1)
+
+    def epoch() -> None:
+        with silence():
+            train.train_one_epoch(run, batches, next(epochs))
+
+    return epoch
+
+
+def plain_epoch(training: plain.PlainTraining, batches: Iterable[Any]) -> Callable[[], None]:
+    """One pass the textbook way."""
+
+    def epoch() -> None:
+        with silence():
+            training.train_one_epoch(batches)
+
+    return epoch
+
+
+def silence() -> contextlib.AbstractContextManager[Any]:
+    """Keep progress bars off the screen; they are drawn all the same."""
+    return contextlib.redirect_stderr(io.StringIO())
+
+
+def train_alone(options: Mapping[str, Any], size: str, name: str) -> object:
+    """One epoch of one variant, for its peak memory; returns what holds the loader processes."""
+    given = argparse.Namespace(**options)
+    harness.set_threads(given.threads)
+    ours = name == "ours"
+    epoch = our_epoch(*build_ours(given, size)) if ours else plain_epoch(*build_plain(given, size))
+    epoch()
+    return epoch
+
+
+if __name__ == "__main__":
+    run_command(main)
