@@ -9,6 +9,11 @@ table of the stages is in runs/demo/exp*: stages.txt, stages.csv, stages.png.
 
 from __future__ import annotations
 
+from utils.flags.demo import parse_args
+
+if __name__ == "__main__":
+    parse_args(description=__doc__)  # help and mistakes are answered before torch is loaded
+
 import argparse
 import csv
 import io
@@ -31,12 +36,6 @@ from utils.run_dir import new_run_dir, read_results, write_text_atomic
 
 ROOT = Path(__file__).resolve().parent
 
-# Epochs of dense, sparse and fine-tuning; image size; share of the channels to remove; rate.
-EPOCHS = (45, 35, 15)
-IMGSZ = 160
-PERCENT = 0.5
-SPARSITY_RATE = "auto"
-
 # Columns of the table: key, heading, format.
 COLUMNS = (
     ("map50", "mAP@.5", ".3f"),
@@ -57,37 +56,9 @@ class Stage(NamedTuple):
     scores: Path  # results.csv, report.json or results.json
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", default="data/shapes.yaml", help="data set yaml")
-    parser.add_argument("--cfg", default="yolov5n.yaml", help="model yaml")
-    parser.add_argument("--hyp", default="hyp.shapes.yaml", help="hyperparameter yaml")
-    parser.add_argument("--imgsz", type=int, default=IMGSZ, help="side of the input, pixels")
-    parser.add_argument("--batch-size", type=int, default=16, help="images")
-    parser.add_argument(
-        "--epochs",
-        type=int,
-        nargs=3,
-        default=EPOCHS,
-        metavar=("DENSE", "SPARSE", "FINETUNE"),
-        help=f"epochs of the three training stages, default {EPOCHS}",
-    )
-    parser.add_argument(
-        "--sparsity_rate", default=SPARSITY_RATE, help="of the sparse stage: a number or auto"
-    )
-    parser.add_argument("--percent", type=float, default=PERCENT, help="share of channels to cut")
-    parser.add_argument("--device", default="", help="'' (best), cpu, mps or 0")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes, at most")
-    parser.add_argument("--project", default="runs/demo", help="parent folder")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stages, then measure and compare what they made."""
-    options = parse_args(argv)
+    options = parse_args(argv, __doc__)
     if Path.cwd() != ROOT:
         raise SystemExit(f"the commands are meant for the project's folder: cd {ROOT}")
     started = time.perf_counter()
@@ -116,7 +87,7 @@ def list_stages(options: argparse.Namespace, run_dir: Path) -> list[Stage]:
     common += ["--device", options.device] if options.device else []
     epochs = [["--epochs", str(count)] for count in options.epochs]
     adamw = ["--optimizer", "AdamW"]
-    penalty = ["--bn_sparsity", "--sparsity_rate", options.sparsity_rate]
+    penalty = ["--bn_sparsity", "--sparsity_rate", str(options.sparsity_rate)]
     slim = ["--ft_pruned_model"]
     cut = ["--percent", f"{options.percent:g}", "--data", options.data]
 

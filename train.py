@@ -15,11 +15,15 @@ Results are in runs/train/exp*: weights/best.pt and last.pt, results.csv, pictur
 
 from __future__ import annotations
 
+from utils.flags.train import build_parser, parse_args
+
+if __name__ == "__main__":
+    parse_args(description=__doc__)  # help and mistakes are answered before torch is loaded
+
 import argparse
 import copy
 import dataclasses
 import logging
-import math
 import subprocess
 import sys
 import time
@@ -45,6 +49,7 @@ from utils.checkpoint import (
     save_final,
     transfer_weights,
 )
+from utils.choices import DEFAULT_IMPORTANCE
 from utils.command import run_command
 from utils.config import (
     DatasetSpec,
@@ -66,6 +71,7 @@ from utils.dataset import (
     sample_batches,
     scan_split,
 )
+from utils.device_text import gpu_indices
 from utils.distill import (
     DistillationGains,
     DistillationLoss,
@@ -76,8 +82,6 @@ from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, evaluate
 from utils.loss import DetectionLoss, LossSettings
 from utils.optim import (
-    NOMINAL_BATCH,
-    OPTIMIZERS,
     ModelEma,
     Schedule,
     build_optimizer,
@@ -89,13 +93,10 @@ from utils.optim import (
 from utils.plots import draw, plot_batch, plot_gamma_history, plot_labels, plot_results
 from utils.profile import count_gflops, count_parameters
 from utils.pruning.activations import measure_inputs
-from utils.pruning.channel_groups import SHORTCUT_RULES, find_channel_groups
+from utils.pruning.channel_groups import find_channel_groups
 from utils.pruning.forecast import Forecast, SparsityPlan, choose_auto_rate, plan_steps
-from utils.pruning.importance import DEFAULT_IMPORTANCE
 from utils.pruning.search import build_pruner
 from utils.pruning.slimming import (
-    DEFAULT_COST_POWER,
-    MODES,
     GammaStatistics,
     SparsityPenalty,
     gamma_statistics,
@@ -117,203 +118,16 @@ NOT_FINITE_HELP = (
 GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
 # Images that the verdict on a sparse network is learnt from and measured on.
 VERDICT_TRAIN_IMAGES, VERDICT_IMAGES, VERDICT_BATCH = 64, 256, 16
-LEAST_VALUES = {
-    **dict.fromkeys(("epochs", "batch_size", "nominal_batch"), 1),
-    **dict.fromkeys(("workers", "patience", "sparsity_rate", "distill_gain", "seed"), 0),
-    "imgsz": 32,
-}
-# A flag that does nothing without another.
-ACTS_ONLY_WITH = {
-    **dict.fromkeys(
-        ("--sparsity_rate", "--sparsity_mode", "--sparsity_cost", "--shortcut"), "--bn_sparsity"
-    ),
-    "--distill-gain": "--teacher",
-}
-# What a resumed run may be told anew; everything else comes from its checkpoint.
-RESUME_FLAGS = {"resume", "device", "workers"}
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """All flags with their defaults."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    group = parser.add_argument_group("network and data")
-    group.add_argument(
-        "--weights",
-        default="yolov5s.pt",
-        help="checkpoint to start from: ours, a public YOLOv5 .pt, a known name, or '' for none",
-    )
-    group.add_argument("--cfg", default="", help="model yaml; default: the network of --weights")
-    group.add_argument("--data", default="data/coco128.yaml", help="data set yaml")
-    group.add_argument("--hyp", default="hyp.scratch-low.yaml", help="hyperparameter yaml")
-    group.add_argument("--single-cls", action="store_true", help="treat all classes as one")
-    group.add_argument(
-        "--allow-download-scripts",
-        action="store_true",
-        help="run the `download:` command of a data set yaml that is not part of this project",
-    )
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, default=300)
-    group.add_argument("--batch-size", type=int, default=16, help="images, over all GPUs")
-    group.add_argument(
-        "--nominal-batch",
-        type=int,
-        default=NOMINAL_BATCH,
-        help="images an optimizer step sums up; smaller batches accumulate gradients",
-    )
-    group.add_argument("--imgsz", "--img", "--img-size", type=int, default=640, help="pixels")
-    group.add_argument("--optimizer", choices=OPTIMIZERS, default="SGD")
-    group.add_argument("--cos-lr", action="store_true", help="cosine instead of linear schedule")
-    group.add_argument("--label-smoothing", type=float, help="0 to 1; default: of the hyp file")
-    group.add_argument("--patience", type=int, default=100, help="epochs without gain; 0: never")
-    group.add_argument(
-        "--freeze", type=int, nargs="+", default=[0], help="first N rows, or row numbers"
-    )
-    group.add_argument("--multi-scale", action="store_true", help="vary the size by +- 50 %%")
-    group.add_argument("--rect", action="store_true", help="rectangular batches, no mosaic")
-    group.add_argument("--image-weights", action="store_true", help="draw hard classes more often")
-    group.add_argument("--noautoanchor", action="store_true", help="keep the anchors as they are")
-    group.add_argument("--seed", type=int, default=0)
-    group = parser.add_argument_group("slimming")
-    group.add_argument(
-        "--bn_sparsity", "--bn-sparsity", action="store_true", help="L1 penalty on BN gammas"
-    )
-    group.add_argument(
-        "--sparsity_rate",
-        "--sparsity-rate",
-        type=_number_or_auto,
-        default=1e-4,
-        help="its factor, or auto: what fits the gradients and the length of the run",
-    )
-    group.add_argument(
-        "--sparsity_mode",
-        "--sparsity-mode",
-        choices=MODES,
-        default="subgradient",
-        help="subgradient: joins the gradients (classic); proximal: after the step, exact zeros",
-    )
-    group.add_argument(
-        "--sparsity_cost",
-        "--sparsity-cost",
-        type=float,
-        metavar="POWER",
-        default=DEFAULT_COST_POWER,
-        help="the rate of a channel grows with this power of the operations that its removal "
-        "saves; 0: the same for all (classic); default: %(default)s",
-    )
-    group.add_argument(
-        "--shortcut",
-        choices=SHORTCUT_RULES,
-        default="group",
-        help="what is penalised, and can be pruned: keep leaves out what touches a shortcut, "
-        "group takes everything",
-    )
-    group.add_argument(
-        "--ft_pruned_model",
-        "--ft-pruned-model",
-        action="store_true",
-        help="fine-tune the slim network in --weights; --cfg is not used",
-    )
-    group = parser.add_argument_group("distillation")
-    group.add_argument(
-        "--teacher",
-        default="",
-        help="checkpoint to learn from beside the labels, as the dense parent of a slim network",
-    )
-    group.add_argument(
-        "--distill-gain",
-        type=float,
-        default=1.0,
-        help="weight of the teacher; at 1 it counts about as much as the labels",
-    )
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="", help="'' (best), cpu, mps, 0 or 0,1")
-    group.add_argument("--amp", choices=devices.AMP_CHOICES, default="auto", help="precision")
-    group.add_argument("--workers", type=int, default=8, help="loader processes, at most")
-    group.add_argument("--cache", nargs="?", const="ram", choices=("ram", "disk"), help="images")
-    group = parser.add_argument_group("results")
-    group.add_argument("--project", default=str(ROOT / "runs/train"), help="parent folder")
-    group.add_argument("--name", default="exp", help="folder name; a number is added")
-    group.add_argument("--exist-ok", action="store_true", help="write into an existing folder")
-    group.add_argument("--save-period", type=int, default=-1, help="keep every Nth epoch")
-    group.add_argument("--nosave", action="store_true", help="write only the last checkpoint")
-    group.add_argument("--noval", action="store_true", help="validate only the last epoch")
-    group.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        default=False,
-        help="run folder or its last.pt; default: the newest unfinished run",
-    )
-    return parser
-
-
-def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
-    """Options, and the names of those that were typed; checks what needs no files."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    given = _given_flags(argv)
-    if options.resume and given - RESUME_FLAGS:
-        flags = ", ".join(sorted(given - RESUME_FLAGS))
-        parser.error(f"--resume takes the options of the run; {flags} cannot be changed")
-    if options.bn_sparsity and options.ft_pruned_model:
-        parser.error("--bn_sparsity and --ft_pruned_model are different stages; give one of them")
-    for flag, needed in ACTS_ONLY_WITH.items():
-        if _option_name(flag) in given and not getattr(options, _option_name(needed)):
-            parser.error(f"{flag} acts only with {needed}")
-    if not options.weights and not options.cfg:
-        parser.error("--weights '' needs a network: give --cfg, for example --cfg yolov5n.yaml")
-    if options.ft_pruned_model and not options.weights:
-        parser.error("--ft_pruned_model needs the pruned checkpoint: give --weights")
-    if options.noval and options.image_weights:
-        parser.error("--image-weights needs the validation that --noval leaves out")
-    if options.noval and "patience" in given and options.patience:
-        parser.error("--patience needs the validation that --noval leaves out")
-    if options.image_weights and options.rect:
-        parser.error("--image-weights draws images at random, --rect sorts them; give one of them")
-    _check_ranges(parser, options)
-    return options, given
-
-
-def _check_ranges(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    for name, low in LEAST_VALUES.items():
-        value = getattr(options, name)
-        if value != "auto" and not low <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} is {value}, expected at least {low}")
-    if not 0 <= options.sparsity_cost <= 1:
-        parser.error(f"--sparsity-cost is {options.sparsity_cost}, expected 0 to 1")
-    if options.label_smoothing is not None and not 0 <= options.label_smoothing < 1:
-        parser.error(f"--label-smoothing is {options.label_smoothing}, expected 0 to below 1")
-
-
-def _number_or_auto(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number or auto, not {text!r}") from None
-
-
-def _option_name(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
-
-
-def _given_flags(argv: Sequence[str] | None) -> set[str]:
-    """Names of the options that were typed."""
-    parser = build_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_args(argv)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one training from its options to its final files."""
-    options, given = parse_args(argv)
+    options, given = parse_args(argv, __doc__)
     start_logging()
     resumed = find_resumed(options, given)
     options = resumed.options if resumed else options
     device = devices.select_device(options.device)
-    if len(devices.gpu_indices(options.device)) > devices.world_size() == 1:
+    if len(gpu_indices(options.device)) > devices.world_size() == 1:
         find_inputs(options, resumed)  # complain, or download, once and before the others start
         return launch_processes(options, argv)
     join_processes(options, device)
@@ -525,7 +339,7 @@ def load_data(options: argparse.Namespace) -> DatasetSpec:
 
 def launch_processes(options: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Start one process for each GPU of `--device 0,1` and wait for them."""
-    count = len(devices.gpu_indices(options.device))
+    count = len(gpu_indices(options.device))
     check_share(options, count)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(count), str(Path(__file__))]
@@ -624,8 +438,6 @@ def open_results(run: Run, train_split: Split, val_split: Split) -> ResultsCsv |
     if devices.rank() != 0:
         return None
     run.log_start(train_split, val_split)
-    if run.first_epoch == 0:
-        draw(plot_labels, train_split.labels.flat, run.names, run.dir / "labels.jpg")
     resume_epoch = run.first_epoch or None
     return ResultsCsv(run.dir / "results.csv", resume_epoch=resume_epoch)
 
@@ -796,6 +608,7 @@ def build_run(
         options.epochs,
         options.optimizer,
         options.sparsity_mode,
+        options.sparsity_schedule,
     )
     network: nn.Module = model
     if devices.world_size() > 1:
@@ -851,13 +664,15 @@ def build_penalty(
         LOGGER.warning("--freeze: no penalty on %d frozen layers, from %s", len(frozen), frozen[0])
     rate = options.sparsity_rate
     if rate == "auto":
-        rate = choose_auto_rate(plan, median_gamma(batchnorms.values()))
+        teacher_gain = options.distill_gain if options.teacher else 0.0
+        rate = choose_auto_rate(plan, median_gamma(batchnorms.values()), teacher_gain)
     return SparsityPenalty(
         model,
         rate,
         options.epochs,
         options.shortcut,
         options.sparsity_mode,
+        options.sparsity_schedule,
         options.sparsity_cost,
     )
 
@@ -942,9 +757,17 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
         if index % 10 == 0 or index == len(loader) - 1:
             show_progress(bar, run, sums / (index + 1), settings.lr)
         if epoch == 0 and index < 3 and devices.rank() == 0:
-            picture = run.dir / f"train_batch{index}.jpg"
-            draw(plot_batch, batch.images, batch.targets, batch.paths, run.names, picture)
+            draw_data(run, loader, batch, index)
     return devices.mean_over_ranks((sums / max(len(loader), 1)).tolist(), run.device)
+
+
+def draw_data(run: Run, loader: Loader, batch: Batch, index: int) -> None:
+    """All labels and the first batches; after the first of them, as drawing takes a second."""
+    if index == 0:
+        labels = loader.batch_sampler.dataset.split.labels.flat
+        draw(plot_labels, labels, run.names, run.dir / "labels.jpg")
+    picture = run.dir / f"train_batch{index}.jpg"
+    draw(plot_batch, batch.images, batch.targets, batch.paths, run.names, picture)
 
 
 def remember(run: Run, index: int, batch: Batch) -> None:

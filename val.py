@@ -11,6 +11,11 @@ Results are in runs/val/exp*: results.json, curves, confusion matrix, pictures.
 
 from __future__ import annotations
 
+from utils.flags.val import STUDY_SIZES, parse_args
+
+if __name__ == "__main__":
+    parse_args(description=__doc__)  # help and mistakes are answered before torch is loaded
+
 import argparse
 import csv
 import itertools
@@ -66,108 +71,12 @@ from utils.run_dir import new_run_dir, save_options, write_text_atomic
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("val")
 
-IMGSZ = 640  # default of --imgsz
-STUDY_SIZES = range(256, 1536 + 1, 128)
 NUM_BATCH_PICTURES = 3
-# Default --conf-thres and --iou-thres: for mAP, and as in use (--task speed).
-THRESHOLDS_FOR_MAP, THRESHOLDS_IN_USE = (0.001, 0.6), (0.25, 0.45)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """All flags with their defaults."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    group = parser.add_argument_group("network and data")
-    group.add_argument(
-        "--weights",
-        nargs="+",
-        default=["yolov5s.pt"],
-        help="checkpoint: ours, a public YOLOv5 .pt or a known name; several for --task study",
-    )
-    group.add_argument("--data", default="data/coco128.yaml", help="data set yaml")
-    group.add_argument(
-        "--task",
-        choices=("train", "val", "test", "speed", "study"),
-        default="val",
-        help="split to use; or the speed on val; or a sweep over image sizes on val",
-    )
-    group.add_argument("--single-cls", action="store_true", help="treat all classes as one")
-    group.add_argument(
-        "--allow-download-scripts",
-        action="store_true",
-        help="run the `download:` command of a data set yaml that is not part of this project",
-    )
-    group = parser.add_argument_group("detection")
-    group.add_argument(
-        "--imgsz", "--img", "--img-size", type=int, help="pixels, default 640; study has its own"
-    )
-    group.add_argument("--batch-size", type=int, default=32, help="images")
-    group.add_argument(
-        "--conf-thres", type=float, help="least confidence, 0 to 1; default 0.001, speed: 0.25"
-    )
-    group.add_argument("--iou-thres", type=float, help="of NMS, 0 to 1; default 0.6, speed: 0.45")
-    group.add_argument("--max-det", type=int, default=300, help="detections per image, at most")
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="", help="'' (best), cpu, mps or 0")
-    group.add_argument("--half", action="store_true", help="float16; needs a GPU")
-    group.add_argument("--workers", type=int, default=8, help="loader processes, at most")
-    group = parser.add_argument_group("results")
-    group.add_argument("--verbose", action="store_true", help="a row per class")
-    group.add_argument("--save-txt", action="store_true", help="labels/<image>.txt in YOLO form")
-    group.add_argument("--save-conf", action="store_true", help="confidences in these files")
-    group.add_argument(
-        "--save-json", action="store_true", help="predictions.json, scored with pycocotools"
-    )
-    group.add_argument("--noplots", action="store_true", help="no pictures")
-    group.add_argument("--project", default=str(ROOT / "runs/val"), help="parent folder")
-    group.add_argument("--name", default="exp", help="folder name; a number is added")
-    group.add_argument("--exist-ok", action="store_true", help="write into an existing folder")
-    return parser
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check what can be checked without reading files."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    check_task(parser, options)
-    if options.imgsz is None and options.task != "study":
-        options.imgsz = IMGSZ
-    if options.save_conf and not options.save_txt:
-        parser.error("--save-conf acts only with --save-txt")
-    if len(options.weights) > 1 and options.task != "study":
-        parser.error("several --weights can be compared with --task study only")
-    thresholds = THRESHOLDS_IN_USE if options.task == "speed" else THRESHOLDS_FOR_MAP
-    for flag, default in zip(("conf_thres", "iou_thres"), thresholds, strict=True):
-        value = getattr(options, flag)
-        if value is None:
-            setattr(options, flag, default)
-        elif not 0 <= value <= 1:
-            parser.error(f"--{flag.replace('_', '-')} is {value}, expected 0 to 1")
-    for flag, low in (("batch_size", 1), ("imgsz", 32), ("max_det", 1), ("workers", 0)):
-        value = getattr(options, flag)
-        if value is not None and value < low:
-            parser.error(f"--{flag.replace('_', '-')} is {value}, expected at least {low}")
-    return options
-
-
-def check_task(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuse flags that do not act with the task."""
-    if options.task in ("speed", "study"):
-        for flag in ("verbose", "save_txt", "save_json"):
-            if getattr(options, flag):
-                name = flag.replace("_", "-")
-                parser.error(f"--{name} does not act with --task {options.task}")
-    if options.task == "study" and options.imgsz is not None:
-        parser.error(
-            "--imgsz does not act with --task study, which goes through the sizes "
-            f"{STUDY_SIZES[0]} to {STUDY_SIZES[-1]}"
-        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one validation from its options to its files."""
-    options = parse_args(argv)
+    options = parse_args(argv, __doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     device = select_device(options.device)
     precision = select_precision(options.half, device)

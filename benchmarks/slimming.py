@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 CLASSIC = ["--shortcut", "keep", "--importance", "gamma", "--compensate", "none"]
 CLASSIC += ["--recalibrate", "0"]
+PLAIN_PENALTY = ["--sparsity_cost", "0", "--sparsity_schedule", "linear"]
 PERCENTS = [f"{step / 10:g}" for step in range(1, 8)]
 DEEP = ("50%", "35%", "25%")  # of the GFLOPs, for comparisons
 SLIM = "25%"  # of the GFLOPs, for fine-tuning
@@ -137,8 +138,9 @@ def list_steps(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
     start = study.start or ("--weights", options.weights)
     yield train("dense", *start)
     penalty = ["--bn_sparsity", "--sparsity_rate", options.rate]
-    yield train("sparse", *start, *penalty)
-    yield train("plain", *start, *penalty, "--sparsity_cost", "0")
+    teacher = ["--teacher", str(folder / "dense/weights/best.pt")]
+    yield train("sparse", *start, *penalty, *teacher)
+    yield train("plain", *start, *penalty, *PLAIN_PENALTY)
     yield prune("classic", "--percent", *PERCENTS, *CLASSIC, result="sweep.csv")
     yield prune("ours", "--percent", *PERCENTS, result="sweep.csv")
     for percent, gflops in _classic_gflops(folder):
@@ -154,7 +156,7 @@ def list_steps(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
     slim = ["--weights", str(folder / "slim/pruned_model.pt"), "--ft_pruned_model"]
     slim += ["--hyp", "hyp.finetune_slim.yaml"]
     yield train("finetuned", *slim)
-    yield train("distilled", *slim, "--teacher", str(folder / "dense/weights/best.pt"))
+    yield train("distilled", *slim, *teacher)
 
 
 def _classic_gflops(folder: Path) -> list[tuple[str, float]]:
@@ -204,9 +206,9 @@ def _training_table(folder: Path) -> str:
 
 
 def _penalty_table(folder: Path) -> str:
-    """What is left of mAP after deep cuts, with and without weights by cost in the training."""
+    """What is left of mAP after deep cuts, with the classic penalty and ours."""
     rows = []
-    for name, text in (("sparse", "penalty by cost"), ("plain", "same for all")):
+    for name, text in (("sparse", "by cost, held, with teacher"), ("plain", "classic")):
         reports = [_read_report(folder, f"{name}-{share}") for share in DEEP]
         cells = [
             f"{_pair(r['after']['map50'], r['after']['map50_95'])}, "

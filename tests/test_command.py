@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -35,12 +37,24 @@ def test_problems_of_users_become_one_line(error, words):
     assert "\n" not in str(caught.value)
 
 
-def test_mistakes_of_ours_keep_their_traceback():
+@pytest.mark.parametrize("error", [KeyError("names"), RuntimeError("shapes differ")])
+def test_mistakes_of_ours_keep_their_traceback(error):
     def main():
-        raise KeyError("names")
+        raise error
 
-    with pytest.raises(KeyError):
+    with pytest.raises(type(error)) as caught:
         run_command(main)
+    assert caught.value is error
+
+
+def test_torch_need_not_be_loaded(monkeypatch):
+    def main():
+        raise RuntimeError("out of memory")
+
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_command(main)
+    assert "torch" not in sys.modules
 
 
 def test_interruption(capsys):

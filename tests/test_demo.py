@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import demo
+from utils.flags import prune, train, val
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,12 +27,32 @@ def test_stages_hand_their_weights_on():
 
 
 def test_commands_can_be_typed_as_printed():
-    """Every option that the demo uses is one that the script knows."""
-    for stage in _stages("--device", "cpu"):
+    """Every command is one that its script accepts."""
+    flags = {"train.py": train, "prune.py": prune, "val.py": val}
+    for stage in _stages("--device", "cpu", "--sparsity_rate", "1e-05"):
         script, *options = stage.command
-        known = (ROOT / script).read_text(encoding="utf-8")
-        missing = [opt for opt in options if opt.startswith("--") and f'"{opt}"' not in known]
-        assert missing == [], script
+        flags[script].parse_args(options)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epochs", "3", "0", "3"], "--epochs is 0, expected at least 1"),
+        (["--imgsz", "0"], "--imgsz is 0, expected at least 32"),
+        (["--batch-size", "0"], "--batch-size is 0, expected at least 1"),
+        (["--workers", "-1"], "--workers is -1, expected at least 0"),
+        (["--sparsity_rate", "much"], "expected a number or auto, not 'much'"),
+        (["--sparsity_rate", "-1"], "--sparsity-rate is -1.0, expected at least 0"),
+        (["--percent", "0"], "--percent is 0, expected more than 0 and less than 1"),
+        (["--percent", "nan"], "--percent is nan, expected more than 0"),
+        (["--device", "mars"], "--device mars: expected cpu"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_first(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        demo.parse_args(flags)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_demo_only_runs_in_the_project_folder(tmp_path, monkeypatch):

@@ -3,17 +3,9 @@
 import pytest
 import torch
 
-from utils.device import gpu_indices, memory_text, select_device, select_precision
+from utils.device import memory_text, select_device, select_precision
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("", []), ("cpu", []), ("mps", []), ("0", [0]), ("cuda:1", [1]), ("0, 1", [0, 1])],
-)
-def test_indices(text, expected):
-    assert gpu_indices(text) == expected
 
 
 @pytest.mark.parametrize("text", ["gpu", "0,", "0,0", "-1", "1.5", "cuda:x"])

@@ -38,13 +38,15 @@ def real_steps(schedule, steps_per_epoch):
                 pending = 0
 
 
-def a_plan(optimizer="SGD", mode="subgradient", steps_per_epoch=5, **changes):
+def a_plan(optimizer="SGD", mode="subgradient", steps_per_epoch=5, decay="linear", **changes):
     schedule = a_schedule(**changes)
     pieces = plan_steps(schedule, steps_per_epoch, BATCH)
-    return SparsityPlan(pieces, schedule.epochs, optimizer, mode)
+    return SparsityPlan(pieces, schedule.epochs, optimizer, mode, decay)
 
 
-def simulate(optimizer_class, rate, noise=0.0, width=1, steps_per_epoch=5, **changes):
+def simulate(
+    optimizer_class, rate, noise=0.0, width=1, steps_per_epoch=5, decay="linear", **changes
+):
     """How far gamma falls under a real optimizer with nothing but the penalty and noise."""
     generator = torch.Generator().manual_seed(0)
     gamma = torch.nn.Parameter(torch.full((width,), 100.0, dtype=torch.float64))
@@ -61,7 +63,7 @@ def simulate(optimizer_class, rate, noise=0.0, width=1, steps_per_epoch=5, **cha
         else:
             group["momentum"] = settings.momentum
         gamma.grad = noise * torch.randn(width, generator=generator, dtype=torch.float64)
-        gamma.grad += scheduled_rate(rate, epoch, schedule.epochs) * gamma.detach().sign()
+        gamma.grad += scheduled_rate(rate, epoch, schedule.epochs, decay) * gamma.detach().sign()
         optimizer.step()
     return 100 - gamma.mean().item()
 
@@ -73,6 +75,7 @@ SCHEDULES = {
     "cosine, long": {"cosine": True, "epochs": 40},
     "no accumulation": {"nominal_batch": 4},
 }
+FALLS = {**SCHEDULES, "held": {"decay": "hold", "epochs": 20}}
 
 
 @pytest.mark.parametrize("case", SCHEDULES)
@@ -99,10 +102,10 @@ def test_a_long_warmup_is_summed_up():
     assert sum(p.num_steps * p.lr for p in pieces) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("case", SCHEDULES)
+@pytest.mark.parametrize("case", FALLS)
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 def test_the_fall_is_that_of_the_optimizer(case, name):
-    changes = SCHEDULES[case]
+    changes = FALLS[case]
     expected = simulate(getattr(torch.optim, name), 0.01, **changes)
     assert a_plan(name, **changes).fall(0.01) == pytest.approx(expected, rel=1e-5)
 
@@ -128,6 +131,12 @@ def test_falls_by_hand():
     adam = SparsityPlan((Piece(0, 3, 0.1, 0.5),), 1, "Adam", "subgradient")
     assert adam.fall(1.0) == pytest.approx(0.3)
     assert adam.fall(1.0, noise=math.sqrt(3)) == pytest.approx(0.15)  # 1 / sqrt(1 + 3) of it
+
+
+def test_nothing_is_foretold_when_the_penalty_has_done_its_work():
+    plan = a_plan("AdamW", decay="hold", epochs=20)
+    assert Forecast(plan.rest(17), 0.01, 0.5, 0.1).remarks()
+    assert not Forecast(plan.rest(18), 0.01, 0.5, 0.1).remarks()
 
 
 def test_the_rest_of_a_run():
@@ -180,6 +189,12 @@ def test_auto_under_adam_grows_with_the_distance_up_to_a_limit():
     more = choose_auto_rate(plan, usual * 1.05 / forecast.AUTO_REACH)
     assert plan.fall(more.strength, 1.0) == pytest.approx(usual * 1.05)
     assert choose_auto_rate(plan, 100.0).strength == forecast.AUTO_LIMIT["subgradient"]
+
+
+def test_auto_does_not_take_the_noise_of_a_teacher_for_worth():
+    for plan in (a_plan("SGD"), a_plan("AdamW", epochs=60)):
+        alone, taught = (choose_auto_rate(plan, 1e-6, teacher_gain=gain) for gain in (0.0, 1.0))
+        assert taught.strength == pytest.approx(alone.strength / 2)
 
 
 def remarks(plan, rate, median, noise):

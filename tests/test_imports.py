@@ -1,7 +1,9 @@
 """Imports point one way: scripts -> utils -> models -> torch (by AST, nothing is imported here)."""
 
 import ast
+import itertools
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} | {"train", "val", "prune", "detect", "export"}
 WITHOUT_SIBLINGS = {"utils/atomic.py", "utils/boxes.py", "utils/config.py", "utils/device.py"}
+# What is loaded before a command line is read: the standard library and each other.
+LIGHT = {"utils/choices.py", "utils/command.py", "utils/device_text.py", "utils/pruning/targets.py"}
+LIGHT |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "utils/flags").glob("*.py")}
+LIGHT |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "utils").rglob("__init__.py")}
 
 
 def _package_files(package: str) -> list[str]:
@@ -50,6 +56,13 @@ def _top(name: str) -> str:
     return name.split(".")[0]
 
 
+def _is_light(name: str) -> bool:
+    """Whether a dotted name is a light module of ours, something in it, or standard library."""
+    modules = {source.removesuffix(".py").replace("/", ".") for source in LIGHT}
+    is_ours = any(f"{name}.".startswith(f"{module}.") for module in modules)
+    return is_ours or _top(name) in sys.stdlib_module_names
+
+
 def test_the_walk_finds_the_project():
     sources = _sources()
     assert "utils/run_dir.py" in sources
@@ -70,7 +83,25 @@ def test_utils_know_no_script(source):
 def test_ground_floor_of_utils_has_no_siblings(source):
     if not (ROOT / source).exists():
         pytest.fail(f"{source} is missing")
-    assert _offences(source, lambda name: _top(name) in {"utils", "models"}) == []
+    ours = {"utils", "models"}
+    assert _offences(source, lambda name: _top(name) in ours and not _is_light(name)) == []
+
+
+@pytest.mark.parametrize("source", sorted(LIGHT))
+def test_what_a_command_line_needs_imports_nothing_heavy(source):
+    assert _offences(source, lambda name: not _is_light(name)) == []
+
+
+@pytest.mark.parametrize("source", sorted(path.name for path in ROOT.glob("*.py")))
+def test_scripts_read_the_command_line_before_they_import_the_rest(source):
+    """Docstring, light imports, and `if __name__ == "__main__": parse_args(...)`."""
+    _, *before, guard = itertools.takewhile(
+        lambda node: not isinstance(node, ast.Import), _tree(source).body
+    )
+    assert [type(node) for node in before] == [ast.ImportFrom] * 2
+    assert [node.module for node in before] == ["__future__", f"utils.flags.{source[:-3]}"]
+    assert isinstance(guard, ast.If)
+    assert ast.unparse(guard) == "if __name__ == '__main__':\n    parse_args(description=__doc__)"
 
 
 @pytest.mark.parametrize("source", sorted(path.name for path in ROOT.glob("*.py")))
@@ -184,8 +215,10 @@ def test_hard_coded_cuda_is_seen(code, offends):
     assert bool(_hard_coded_cuda(ast.parse(code))) == offends
 
 
-@pytest.mark.parametrize("source", sorted({*_product()} - {"utils/device.py"}))
-def test_only_the_device_module_chooses_cuda(source):
+@pytest.mark.parametrize(
+    "source", sorted({*_product()} - {"utils/device.py", "utils/device_text.py"})
+)
+def test_only_the_device_modules_choose_cuda(source):
     assert _hard_coded_cuda(_tree(source)) == []
 
 

@@ -51,6 +51,13 @@ def test_the_rate_falls_linearly(epoch, expected):
     assert scheduled_rate(1e-3, epoch, 10) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("epoch", "expected"), [(0, 1e-3), (10, 1e-3), (11, 8.75e-4), (14, 5e-4), (18, 0), (19, 0)]
+)
+def test_the_rate_is_held_and_then_falls_to_0(epoch, expected):
+    assert scheduled_rate(1e-3, epoch, 20, "hold") == pytest.approx(expected, abs=1e-12)
+
+
 def test_the_subgradient_by_hand():
     bn = nn.BatchNorm2d(3)
     bn.weight.data = torch.tensor([0.5, -0.5, 0.0])
@@ -318,6 +325,8 @@ def test_a_rate_that_is_no_rate_is_refused(model, rate):
 def test_an_unknown_mode_is_refused(model):
     with pytest.raises(ValueError, match="expected one of subgradient, proximal"):
         SparsityPenalty(model, 0.1, 10, mode="exact")
+    with pytest.raises(ValueError, match="schedule is 'steep', expected one of linear, hold"):
+        SparsityPenalty(model, 0.1, 10, schedule="steep")
 
 
 def test_a_fused_network_is_refused(model):

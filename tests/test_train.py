@@ -14,6 +14,7 @@ import yaml
 
 import train
 from models import Model, ModelSpec
+from utils import plots
 from utils.checkpoint import build_checkpoint, load_checkpoint, load_detector, save_checkpoint
 from utils.loss import DetectionLoss
 from utils.optim import build_optimizer
@@ -165,7 +166,7 @@ def test_sparse_run_reports_and_shrinks_gamma(base, tmp_path, draws):
     rows = results_of(run)
     assert (run / "bn_gamma.png").stat().st_size > 10_000
     rates = [float(row["sparsity_rate"]) for row in rows]
-    assert rates == pytest.approx([1 - 0.9 * epoch / 6 for epoch in range(6)])
+    assert rates == pytest.approx([1, 1, 1, 1, 7 / 12, 1 / 6])
     assert float(rows[-1]["gamma/q50"]) < float(rows[0]["gamma/q50"]) < 1
     assert 0 <= float(rows[-1]["gamma/suggested_percent"]) < 1
 
@@ -506,6 +507,25 @@ def test_early_stopping(base, tmp_path, monkeypatch):
     assert len(results_of(tmp_path / "runs/exp")) == 3
 
 
+def test_the_first_step_does_not_wait_for_pictures(base, monkeypatch):
+    done = []
+    original = train.optimizer_step
+
+    def step(*args):
+        done.append("step")
+        original(*args)
+
+    monkeypatch.setattr(train, "optimizer_step", step)
+    monkeypatch.setattr(train, "draw", lambda function, *_: done.append(function.__name__))
+    for name in ("plot_labels", "plot_batch", "plot_results"):
+        monkeypatch.setattr(train, name, getattr(plots, name))
+    train.main([*base, "--epochs", "2", "--nominal-batch", "2"])
+    assert done == [
+        *("step", "plot_labels", "plot_batch", "step", "plot_batch", "step", "step"),
+        "plot_results",
+    ]
+
+
 def test_freeze_leaves_rows_and_their_statistics_alone(base, slim_weights, tmp_path):
     path, _ = slim_weights
     flags = ["--weights", str(path), "--ft_pruned_model", "--freeze", "3", "--epochs", "1"]
@@ -707,6 +727,8 @@ REFUSED = {
     "rate not finite": (["--bn_sparsity", "--sparsity_rate", "nan"], "--sparsity-rate is nan"),
     "gain without teacher": (["--distill-gain", "2"], "--distill-gain acts only with --teacher"),
     "gain below 0": (["--teacher", "x.pt", "--distill-gain", "-1"], "--distill-gain is -1"),
+    "frozen rows": (["--freeze", "2", "-1"], "--freeze is -1, expected at least 0"),
+    "device": (["--device", "0,"], "--device 0,: expected cpu, mps, a GPU number"),
     "other teacher": (["--resume", "x.pt", "--teacher", "y.pt"], "teacher, "),
 }
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-
-import torch
 
 
 def run_command(main: Callable[[], None], when_interrupted: str = "interrupted") -> None:
@@ -18,16 +17,24 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
     """
     try:
         main()
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"error: {out_of_memory_advice(error)}") from None
     except (OSError, ValueError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SystemExit(f"error: {out_of_memory_advice(error)}") from None
     except KeyboardInterrupt:
         print(f"\n{when_interrupted}")
         raise SystemExit(130) from None
 
 
-def out_of_memory_advice(error: torch.OutOfMemoryError) -> str:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says so; what has not loaded torch need not do so to ask."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def out_of_memory_advice(error: RuntimeError) -> str:
     """One line: what happened, in the first sentences of the error, and what to do."""
     reason = ". ".join(str(error).split(". ")[:2]).strip().rstrip(".")
     return f"{reason or 'the device is out of memory'}; try a smaller --batch-size or --imgsz"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-AMP_CHOICES = ("auto", "off", "bf16", "fp16")
+from utils.device_text import gpu_indices
 
 
 def select_device(text: str) -> torch.device:
@@ -43,23 +43,6 @@ def select_device(text: str) -> torch.device:
             f"this machine has {torch.cuda.device_count()} (numbered from 0)"
         )
     return torch.device("cuda", indices[local_rank() % len(indices)])
-
-
-def gpu_indices(text: str) -> list[int]:
-    """`0,1` or `cuda:0` as numbers; empty for `''`, `cpu`, `mps`.
-
-    Raises:
-        ValueError: anything else.
-    """
-    name = text.strip().lower().removeprefix("cuda:")
-    if name in ("", "cpu", "mps"):
-        return []
-    parts = [part.strip() for part in name.split(",")]
-    if name == "cuda":
-        parts = ["0"]
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
-        raise ValueError(f"--device {text}: expected cpu, mps, a GPU number such as 0, or 0,1")
-    return [int(part) for part in parts]
 
 
 def describe_device(device: torch.device) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from utils.boxes import xyxy_from_cxcywh
 
@@ -86,6 +85,9 @@ def _suppress(boxes_xyxy: Tensor, conf: Tensor, groups: Tensor, iou_thres: float
     """Indices of the kept boxes, the most confident first; groups do not suppress each other."""
     if not len(boxes_xyxy):
         return groups.new_zeros(0)
+    # Takes more than a second, and not every command that can evaluate a network does.
+    from torchvision.ops import batched_nms
+
     # torchvision may lay the groups side by side by adding a multiple of the largest coordinate,
     # which separates them only where no coordinate is negative.
     return batched_nms(boxes_xyxy - boxes_xyxy.min(), conf, groups, iou_thres)

@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-NOMINAL_BATCH = 64  # images whose gradients one optimizer step sums up
-
-OPTIMIZERS = ("SGD", "Adam", "AdamW")
+from utils.choices import NOMINAL_BATCH, OPTIMIZERS
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
@@ -39,10 +37,10 @@ def group_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def build_optimizer(
     model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """SGD (Nesterov), Adam or AdamW over the groups of `group_parameters`.
+    """SGD (Nesterov), Adam or AdamW over the groups of `group_parameters`, in one kernel if it can.
 
     Args:
-        model: its frozen parameters are left out.
+        model: on the device it is trained on; its frozen parameters are left out.
         name: one of OPTIMIZERS.
         lr: learning rate after warm-up.
         momentum: momentum of SGD, beta1 of Adam and AdamW.
@@ -53,12 +51,14 @@ def build_optimizer(
         trained = [p for p in parameters if p.requires_grad]
         decay = weight_decay if kind == "weights" else 0.0
         groups.append({"params": trained, "weight_decay": decay, "kind": kind})
+    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     if name == "SGD":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+        nesterov = momentum > 0
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
     if name == "Adam":
-        return torch.optim.Adam(groups, lr=lr, betas=(momentum, 0.999))
+        return torch.optim.Adam(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
     if name == "AdamW":
-        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
+        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
     raise ValueError(f"unknown optimizer {name!r}; known are {', '.join(OPTIMIZERS)}")
 
 

@@ -2,7 +2,12 @@
 
 Drawn with matplotlib's `Figure` alone: no pyplot, hence no window, no global state and no
 display needed. Boxes on images are drawn with Pillow, which matplotlib brings along.
+
+Matplotlib is imported by the functions that use it: that takes 0.3 s, and every command loads this
+module, while the first picture, if there is any, comes long after the start.
 """
+
+from __future__ import annotations
 
 import colorsys
 import logging
@@ -11,18 +16,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.run_dir import read_results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LOGGER = logging.getLogger(__name__)
 Parameters = ParamSpec("Parameters")
@@ -70,6 +74,13 @@ def class_colour(cls: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
+def _new_figure(width: float, height: float) -> Figure:
+    """Inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def _save(figure: Figure, out: str | Path) -> None:
     figure.savefig(out, dpi=110)
 
@@ -110,7 +121,7 @@ def plot_results(csv_path: str | Path, out: str | Path) -> None:
         return
     num_columns = 3 if len(panels) <= 6 else 4
     num_rows = math.ceil(len(panels) / num_columns)
-    figure = Figure(figsize=(4.4 * num_columns, 3.2 * num_rows), layout="constrained")
+    figure = _new_figure(4.4 * num_columns, 3.2 * num_rows)
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axis, (title, names) in zip(axes, panels, strict=False):
         _draw_curves(axis, title, epochs, {name: columns[name] for name in names})
@@ -153,6 +164,8 @@ def _draw_curves(
 
 
 def _set_epoch_axis(axis: Axes, epochs: Sequence[float]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axis.set_xlabel("epoch")
     if len(epochs) == 1:
         axis.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
@@ -169,7 +182,7 @@ def _short_name(name: str, curves: Mapping[str, Sequence[float]]) -> str:
 
 def _save_note(text: str, out: str | Path) -> None:
     """A picture that says why there is nothing to see."""
-    figure = Figure(figsize=(6, 3), layout="constrained")
+    figure = _new_figure(6, 3)
     figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=14, color="0.4")
     _save(figure, out)
 
@@ -189,7 +202,7 @@ def plot_labels(labels: ArrayLike, names: Sequence[str], out: str | Path) -> Non
     if not len(boxes):
         _save_note("no labels", out)
         return
-    figure = Figure(figsize=(13, 9), layout="constrained")
+    figure = _new_figure(13, 9)
     grid = figure.add_gridspec(2, 3, height_ratios=(1, 1.15))
     _draw_class_counts(figure.add_subplot(grid[0, :]), boxes[:, 0].astype(np.int64), names)
     _draw_density(figure.add_subplot(grid[1, 0]), boxes[:, 1], boxes[:, 2], "box centres", "x", "y")
@@ -232,6 +245,9 @@ def _label_classes(axis: Axes, which: str, names: Sequence[str]) -> None:
 
 
 def _draw_density(axis: Axes, x: np.ndarray, y: np.ndarray, title: str, x_name: str, y_name: str):
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator
+
     counts, *edges = np.histogram2d(x, y, bins=50, range=((0, 1), (0, 1)))
     shown = np.ma.masked_less(counts.T, 1)
     mesh = axis.pcolormesh(*edges, shown, cmap="viridis_r", norm=LogNorm(1, max(counts.max(), 2)))
@@ -321,6 +337,8 @@ def _boxes_per_image(boxes: Any, num_images: int, height: int, width: int) -> li
 @lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib ships."""
+    import matplotlib
+
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     return ImageFont.truetype(str(path), size)
 
@@ -444,7 +462,7 @@ def _plot_class_curves(
         _save_note("no labels", out)
         return
     few = len(curves) <= _NAMED_CLASSES
-    figure = Figure(figsize=(8.5 if few else 7, 5.6), layout="constrained")
+    figure = _new_figure(8.5 if few else 7, 5.6)
     axis = figure.add_subplot()
     for index, (curve, label) in enumerate(zip(curves, labels, strict=True)):
         if few:
@@ -477,7 +495,7 @@ def plot_confusion_matrix(matrix: ArrayLike, names: Sequence[str], out: str | Pa
     num = len(counts)
     few = num <= _NAMED_CLASSES + 1
     side = 4.2 + 0.62 * num if few else 15.0
-    figure = Figure(figsize=(side + 1.4, side), layout="constrained")
+    figure = _new_figure(side + 1.4, side)
     axis = figure.add_subplot()
     shown = np.ma.masked_equal(shares, 0)
     mesh = axis.imshow(shown, cmap="Blues", vmin=0, vmax=1)
@@ -514,7 +532,7 @@ def plot_study(curves: Mapping[str, Sequence[tuple[int, float, float]]], out: st
             mAP@.5:.95.
         out: picture file.
     """
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    figure = _new_figure(7.5, 5)
     axis = figure.add_subplot()
     for name, points in curves.items():
         sizes, times, scores = zip(*sorted(points), strict=True)
@@ -563,7 +581,7 @@ def plot_gamma_history(
         _save_note("no gammas recorded yet", out)
         return
     height = float(np.clip(0.13 * len(layers), 4, 24))
-    figure = Figure(figsize=(14, 4.6 + height), layout="constrained")
+    figure = _new_figure(14, 4.6 + height)
     halves = figure.add_gridspec(2, 1, height_ratios=(4.6, height))
     top, bottom = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
     fan, shares = top.subplots(1, 2)
@@ -691,7 +709,7 @@ def plot_stage_table(
         out: picture file.
         title: line above all panels.
     """
-    figure = Figure(figsize=(14, 2.2 + 0.75 * len(rows)), layout="constrained")
+    figure = _new_figure(14, 2.2 + 0.75 * len(rows))
     figure.suptitle(_literal(title), fontsize=12)
     axes = figure.subplots(2, 3, sharey=True)
     stages = [str(row["stage"]) for row in rows]
@@ -752,7 +770,7 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], knee: int | None, out: str | P
     percents, gflops, latency_ms, *scores = table[order].T
     saved = 100 * (1 - gflops / max(gflops[0], 1e-12))
     marked = None if knee is None else int(np.flatnonzero(order == knee)[0])
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = _new_figure(11, 4.6)
     left, right = figure.subplots(1, 2)
     _draw_sweep_scores(left, saved, percents, scores, marked)
     _draw_sweep_latency(right, saved, latency_ms, marked)
@@ -859,7 +877,7 @@ def plot_layer_widths(
     num_columns = math.ceil(len(paths) / _ROWS_PER_COLUMN)
     num_rows = math.ceil(len(paths) / num_columns)
     width = 7.5 if num_columns == 1 else 5.2 * num_columns
-    figure = Figure(figsize=(width, 1.2 + 0.165 * num_rows), layout="constrained")
+    figure = _new_figure(width, 1.2 + 0.165 * num_rows)
     kept = f"{after.sum():,} of {before.sum():,} channels ({after.sum() / before.sum():.0%})"
     figure.suptitle(f"channels per layer: {kept} stay", fontsize=11)
     for column, axis in enumerate(figure.subplots(1, num_columns, squeeze=False)[0]):
@@ -921,7 +939,7 @@ def plot_importance_threshold(
     edges = _bins_with_edge(low, high, step, line)
     zero_edges = (low - 5 * step, low - 2 * step)
 
-    figure = Figure(figsize=(8.5, 4.4), layout="constrained")
+    figure = _new_figure(8.5, 4.4)
     axis = figure.add_subplot()
     bottom = np.zeros(len(edges))
     for part, colour, name in ((~kept, "tab:orange", "go"), (kept, "tab:blue", "stay")):

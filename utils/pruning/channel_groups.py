@@ -22,10 +22,7 @@ from torch import nn
 from models.blocks import C3, SPP, SPPF, Bottleneck, Concat, Conv
 from models.head import Detect
 from models.yolo import Model
-
-# "keep": the classic rule, whatever touches a shortcut stays as it is.
-# "group": channels added by a shortcut are cut together, all other convolutions are free.
-SHORTCUT_RULES = ("keep", "group")
+from utils.choices import SHORTCUT_RULES
 
 IMAGE = "image"  # the group of the three input channels
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from models.yolo import Model
+from utils.choices import COMPENSATIONS
 from utils.pruning.activations import (
     InputStatistics,
     constant_inputs,
@@ -34,8 +35,6 @@ from utils.pruning.activations import (
 )
 from utils.pruning.channel_groups import ChannelGroups
 from utils.pruning.rewrite import dropped_inputs
-
-COMPENSATIONS = ("none", "constant", "mean", "linear")
 
 # Added to the variances before solving, as a share of their mean: covariances come from finitely
 # many pixels, and channels that never vary make them singular.

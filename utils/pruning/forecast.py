@@ -24,8 +24,7 @@ from utils.optim import Schedule
 from utils.pruning.slimming import AutoRate, scheduled_rate
 
 # `auto` in units of the gradient noise: the mean gradient up to which a channel has to give way.
-# Measured on BCCD (yolov5n, AdamW, 60 epochs, noise 0.0015): a rate of 0.001 cost 0.2 and 1.2
-# points of mAP@.5:.95 in two runs, one of 0.002, from a trained network, 3 points.
+# Measured on BCCD (yolov5n, AdamW, 60 epochs, noise 0.0015): see benchmarks/slimming.md.
 AUTO_STRENGTH = {"subgradient": 0.65, "proximal": 0.3}
 # How far `auto` goes in a run so short that its rate would not bring an unused channel to 0.
 AUTO_LIMIT = {"subgradient": 3.0, "proximal": 0.5}
@@ -95,7 +94,8 @@ class SparsityPlan:
     pieces: tuple[Piece, ...]
     epochs: int  # of the whole run
     optimizer: str
-    mode: str  # one of slimming.MODES
+    mode: str  # one of choices.MODES
+    schedule: str = "linear"  # one of choices.SCHEDULES
 
     @property
     def num_steps(self) -> int:
@@ -119,6 +119,10 @@ class SparsityPlan:
             return 1.0
         return 1 / (1 - self.pieces[-1].momentum)
 
+    def rate_in(self, piece: Piece, sparsity_rate: float) -> float:
+        """The rate of a piece, where it is `sparsity_rate` before its decay."""
+        return scheduled_rate(sparsity_rate, piece.epoch, self.epochs, self.schedule)
+
     def rest(self, first_epoch: int) -> SparsityPlan:
         """What is left from this epoch on."""
         left = tuple(piece for piece in self.pieces if piece.epoch >= first_epoch)
@@ -133,8 +137,7 @@ class SparsityPlan:
                 0 gives an upper bound.
         """
         if self.mode == "proximal":
-            rates = [scheduled_rate(sparsity_rate, p.epoch, self.epochs) for p in self.pieces]
-            return sum(p.num_steps * p.lr * r for p, r in zip(self.pieces, rates, strict=True))
+            return sum(p.num_steps * p.lr * self.rate_in(p, sparsity_rate) for p in self.pieces)
         if self.is_adam:
             return self._fall_adam(sparsity_rate, noise)
         return self._fall_sgd(sparsity_rate)
@@ -142,8 +145,9 @@ class SparsityPlan:
     def _fall_sgd(self, sparsity_rate: float) -> float:
         """Steps of lr * (rate + momentum * buffer); the buffer nears rate / (1 - momentum)."""
         total = buffer = 0.0
-        for epoch, count, lr, momentum in self.pieces:
-            rate = scheduled_rate(sparsity_rate, epoch, self.epochs)
+        for piece in self.pieces:
+            _, count, lr, momentum = piece
+            rate = self.rate_in(piece, sparsity_rate)
             limit = rate / (1 - momentum)
             left = momentum**count  # of what the buffer lacks to its limit
             lacking = (buffer - limit) * momentum * (1 - left) / (1 - momentum)  # sum over steps
@@ -159,9 +163,10 @@ class SparsityPlan:
         """
         total = first = second = 0.0
         done = 0
-        for epoch, count, lr, momentum in self.pieces:
+        for piece in self.pieces:
+            _, count, lr, momentum = piece
             steps = np.arange(1, count + 1)
-            rate = scheduled_rate(sparsity_rate, epoch, self.epochs)
+            rate = self.rate_in(piece, sparsity_rate)
             square = rate**2 + noise**2
             firsts = rate + (first - rate) * momentum**steps
             seconds = square + (second - square) * _ADAM_SQUARES**steps
@@ -186,7 +191,7 @@ class SparsityPlan:
         return high
 
 
-def choose_auto_rate(plan: SparsityPlan, median: float) -> AutoRate:
+def choose_auto_rate(plan: SparsityPlan, median: float, teacher_gain: float = 0.0) -> AutoRate:
     """What `--sparsity_rate auto` means for a run.
 
     A multiple of the gradient noise; more where that is not enough to bring the gamma of an unused
@@ -196,8 +201,13 @@ def choose_auto_rate(plan: SparsityPlan, median: float) -> AutoRate:
     Args:
         plan: of the whole run.
         median: of |gamma| of the penalised channels at its start.
+        teacher_gain: of a distillation loss beside that of the labels, 0 for none. It adds to the
+            gradients, and to their noise, but nothing to what a channel is worth; measured on BCCD
+            (gain 1) the noise grows by 2.2, and 0.65 times that, 0.0021, destroyed the network.
     """
     strength = AUTO_STRENGTH[plan.mode]
+    if plan.mode == "subgradient":
+        strength /= 1 + teacher_gain
     needed = plan.rate_to_fall(AUTO_REACH * median, noise=1.0)
     if not plan.is_adam:
         return AutoRate(strength, needed or 0.0, plan.noise_gain, AUTO_LIMIT["subgradient"])
@@ -224,8 +234,8 @@ class Forecast:
 
     def remarks(self) -> list[Remark]:
         """What to tell the user."""
-        if not self.plan.pieces:
-            return []
+        if not any(self.plan.rate_in(piece, 1.0) for piece in self.plan.pieces):
+            return []  # the penalty has done its work
         found = [self._describe_auto(), self._describe_fall(), self._describe_danger(self.rate)]
         return [remark for remark in found if remark is not None]
 

@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 
 from models.yolo import Model
+from utils.choices import IMPORTANCES
 from utils.pruning.activations import InputStatistics, consumer
 from utils.pruning.channel_groups import ChannelGroups
 from utils.pruning.slimming import gamma_importance
-
-IMPORTANCES = ("gamma", "error", "error-per-cost")
-DEFAULT_IMPORTANCE = "error-per-cost"
 
 
 def channel_importance(

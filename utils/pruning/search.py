@@ -11,7 +11,6 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,15 +24,10 @@ from utils.pruning.importance import channel_importance
 from utils.pruning.keep_masks import KeepMasks, select_keep_masks
 from utils.pruning.rewrite import prune_model
 from utils.pruning.sweep import is_borne
+from utils.pruning.targets import Target
 
 MAX_RATIO = 0.999  # beyond it the floor alone decides
 PERCENT_GRID = tuple(step / 100 for step in range(100))  # for searches that measure networks
-# What may stand behind the number of a target, and what it is worth.
-TARGET_UNITS: Mapping[str, Mapping[str, float]] = {
-    "gflops": {"": 1, "G": 1, "M": 1e-3},
-    "params": {"": 1, "k": 1e3, "K": 1e3, "M": 1e6},
-    "latency": {"": 1, "ms": 1},
-}
 RATIO_STEPS = 10_000  # of a share that is searched, so that it can be typed as --percent
 
 
@@ -152,37 +146,6 @@ def why_nothing_goes(pruner: Pruner, keep: KeepMasks) -> str:
             f"give a --percent from {share:g} on"
         )
     return "the share is less than one channel; give a larger --percent"
-
-
-class Target(NamedTuple):
-    """What may be left of a cost."""
-
-    text: str  # as it was typed
-    number: float
-    is_share: bool  # of the cost of the network as it is
-
-    def of(self, cost: float) -> float:
-        """In units of the cost."""
-        return self.number * cost if self.is_share else self.number
-
-
-def parse_target(text: str, units: Mapping[str, float]) -> Target:
-    """A number with one of the units behind it, or a share such as `50%`.
-
-    Raises:
-        ValueError: neither, or not above 0, or a share of 100 % and more.
-    """
-    typed = text.strip()
-    number = typed.rstrip("%" + "".join(units)).rstrip()
-    unit = typed[len(number) :].strip()
-    is_share = unit == "%"
-    try:
-        value = float(number) * (0.01 if is_share else units[unit])
-    except (ValueError, KeyError):
-        raise ValueError(f"{text!r} is no number and no share such as 50%") from None
-    if not 0 < value < (1 if is_share else math.inf):
-        raise ValueError(f"{typed} is not {'between 0% and 100%' if is_share else 'above 0'}")
-    return Target(typed, value, is_share)
 
 
 def ratio_for_cost(

@@ -28,15 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from models.yolo import Model
+from utils.choices import MODES, SCHEDULES
 from utils.pruning.channel_groups import ChannelGroups, conv_block, find_channel_groups
 from utils.pruning.costs import NetworkCost
 from utils.pruning.keep_masks import suggested_percent
 
-MODES = ("subgradient", "proximal")
-
-RATE_DECAY = 0.9  # of the rate on gamma over the run; the last epoch has about a tenth
+RATE_DECAY = 0.9  # "linear": of the rate on gamma over the run; the last epoch has about a tenth
+HOLD_UNTIL, ZERO_FROM = 0.5, 0.9  # "hold": shares of the run
 BETA_FACTOR = 10.0  # beta is pushed harder, so that a channel with gamma 0 is also silent
-DEFAULT_COST_POWER = 0.5  # of train.py; why: benchmarks/slimming.md
 NOISE_MEMORY = 0.999  # of the running mean of squared gradients, as Adam's second moment
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # percentiles that go into results.csv
 
@@ -102,9 +101,12 @@ def median_gamma(batchnorms: Iterable[nn.BatchNorm2d]) -> float:
     return float(torch.cat(gammas).abs().median())
 
 
-def scheduled_rate(sparsity_rate: Rate, epoch: int, epochs: int) -> Rate:
-    """The rate on gamma in `epoch`, counted from 0: it falls linearly by `RATE_DECAY`."""
-    return sparsity_rate * (1 - RATE_DECAY * epoch / epochs)
+def scheduled_rate(sparsity_rate: Rate, epoch: int, epochs: int, schedule: str = "linear") -> Rate:
+    """The rate on gamma in `epoch`, counted from 0; `schedule` is one of `SCHEDULES`."""
+    done = epoch / epochs
+    if schedule == "linear":
+        return sparsity_rate * (1 - RATE_DECAY * done)
+    return sparsity_rate * min(max((ZERO_FROM - done) / (ZERO_FROM - HOLD_UNTIL), 0.0), 1.0)
 
 
 @torch.no_grad()
@@ -272,6 +274,7 @@ class SparsityPenalty:
         epochs: int,
         shortcut: str = "group",
         mode: str = "subgradient",
+        schedule: str = "linear",
         cost_power: float = 0.0,
     ) -> None:
         """Find what is to be penalised.
@@ -282,15 +285,19 @@ class SparsityPenalty:
             epochs: length of the whole run, a resumed part included.
             shortcut: one of `SHORTCUT_RULES`.
             mode: one of `MODES`.
+            schedule: one of `SCHEDULES`.
             cost_power: of `cost_weights`.
 
         Raises:
-            ValueError: a negative rate, an unknown mode or a network without prunable batch norms.
+            ValueError: a negative rate, an unknown mode or schedule, or a network without prunable
+                batch norms.
         """
         if isinstance(sparsity_rate, float | int) and not 0 <= sparsity_rate < float("inf"):
             raise ValueError(f"sparsity_rate is {sparsity_rate}, expected a number from 0")
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
         channel_groups = find_channel_groups(model, shortcut)
         self.batchnorms = _batchnorms(model, channel_groups)
         weights = cost_weights(model, channel_groups, cost_power)
@@ -299,6 +306,7 @@ class SparsityPenalty:
         self.epochs = epochs
         self.shortcut = shortcut
         self.mode = mode
+        self.schedule = schedule
         self.noise = GradientNoise(bn.weight for bn in self.batchnorms.values())
 
     @property
@@ -308,7 +316,7 @@ class SparsityPenalty:
 
     def rate(self, epoch: int) -> float:
         """The rate on gamma in `epoch`, counted from 0; waits for the device where it is auto."""
-        return float(scheduled_rate(self._full_rate(), epoch, self.epochs))
+        return float(self._scheduled(self._full_rate(), epoch))
 
     def before_step(self, epoch: int, gradient_norm: Tensor) -> None:
         """Look at the gradients and, as subgradient, join them; when, `add_l1_subgradient` says.
@@ -322,7 +330,7 @@ class SparsityPenalty:
             self.noise.take_in(gradient_norm.isfinite())
         if self.mode == "subgradient":
             full = self._full_rate()
-            rate = scheduled_rate(full, epoch, self.epochs)
+            rate = self._scheduled(full, epoch)
             add_l1_subgradient(self.batchnorms.values(), rate, full, self.weights)
 
     def after_step(
@@ -340,11 +348,14 @@ class SparsityPenalty:
         if self.mode != "proximal":
             return
         lr = next(group["lr"] for group in optimizer.param_groups if group["kind"] == "norms")
-        rate = scheduled_rate(self._full_rate(), epoch, self.epochs)
+        rate = self._scheduled(self._full_rate(), epoch)
         threshold = gradient_norm.isfinite() * (lr * rate)
         shrink_gamma(self.batchnorms.values(), threshold, self.weights)
         averages = [conv_block(averaged, path).bn for path in self.batchnorms]
         zero_average(averages, self.batchnorms.values())
+
+    def _scheduled(self, full_rate: float | Tensor, epoch: int) -> float | Tensor:
+        return scheduled_rate(full_rate, epoch, self.epochs, self.schedule)
 
     def _full_rate(self) -> float | Tensor:
         """The rate before its decay; it is what beta gets."""

@@ -1,0 +1,91 @@
+"""Help and mistakes are answered by the flags alone: nothing that takes seconds to load is."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("train", "prune", "val", "demo")
+HEAVY = {"torch", "torchvision", "cv2", "matplotlib", "scipy", "thop", "numpy", "pycocotools"}
+
+# Runs a script as a command would and, where it ends, says what it has loaded in a last line.
+PROBE = """
+import json, runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("\\n" + json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def run(code, *arguments):
+    """Exit status, both outputs, and the heavy packages that `code` leaves loaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    output, _, loaded = done.stdout.rstrip().rpartition("\n")
+    return done.returncode, output, done.stderr, HEAVY & set(json.loads(loaded))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_loads_nothing_heavy(script):
+    code, output, errors, heavy = run(PROBE, f"{script}.py", "--help")
+    assert (code, errors, heavy) == (0, "", set())
+    assert f"usage: {script}.py" in output
+    assert f"    python {script}.py" in output  # the commands to copy, from the docstring
+    assert "--device" in output
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_the_same_when_main_is_called(script, capsys):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
+    assert module.__doc__.strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train.py --nonsense", "unrecognized arguments: --nonsense"),
+        ("train.py --epochs 0", "--epochs is 0, expected at least 1"),
+        ("train.py --freeze 2 -1", "--freeze is -1, expected at least 0"),
+        ("train.py --optimizer Lion", "--optimizer: invalid choice: 'Lion'"),
+        ("train.py --bn_sparsity --ft_pruned_model", "are different stages; give one of them"),
+        ("train.py --resume --epochs 3", "epochs cannot be changed"),
+        ("train.py --device mars", "--device mars: expected cpu, mps, a GPU number"),
+        ("prune.py --percent 0.5", "the following arguments are required: --weights"),
+        ("prune.py --weights x.pt --percent 0.5 --nonsense", "unrecognized arguments: --nonsense"),
+        ("prune.py --weights x.pt --percent 50", "for 50 % type 0.5"),
+        ("prune.py --weights x.pt --percent 0.5 --sweep", "exclude each other"),
+        ("prune.py --weights x.pt --target-gflops half", "is no number and no share"),
+        ("prune.py --weights x.pt --percent 0.5 --device 0,", "--device 0,: expected cpu"),
+        ("val.py --nonsense", "unrecognized arguments: --nonsense"),
+        ("val.py --conf-thres 1.5", "--conf-thres is 1.5, expected 0 to 1"),
+        ("val.py --task study --img 640", "--imgsz does not act with --task study"),
+        ("val.py --device mars", "--device mars: expected cpu, mps, a GPU number"),
+        ("demo.py --nonsense", "unrecognized arguments: --nonsense"),
+        ("demo.py --epochs 1 0 1", "--epochs is 0, expected at least 1"),
+        ("demo.py --percent 50", "--percent is 50, expected more than 0 and less than 1"),
+    ],
+)
+def test_a_mistake_loads_nothing_heavy(command, message):
+    script, *flags = command.split()
+    code, _, errors, heavy = run(PROBE, script, *flags)
+    assert (code, heavy) == (2, set())
+    assert errors.startswith(f"usage: {script}")
+    assert errors.splitlines()[-1].startswith(f"{script}: error: ")
+    assert message in errors.splitlines()[-1]
+
+
+def test_training_loads_what_draws_and_suppresses_when_it_is_used():
+    code = "import json, sys, train; print(); print(json.dumps(list(sys.modules)))"
+    _, _, _, heavy = run(code)
+    assert "torch" in heavy
+    assert not heavy & {"matplotlib", "torchvision"}

@@ -1,0 +1,212 @@
+"""The flags of train.py: names, defaults, and what can be checked without a file or torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.choices import (
+    AMP_CHOICES,
+    DEFAULT_COST_POWER,
+    DEFAULT_SCHEDULE,
+    MODES,
+    NOMINAL_BATCH,
+    OPTIMIZERS,
+    SCHEDULES,
+    SHORTCUT_RULES,
+)
+from utils.flags.checks import check_device, check_least, check_shares, number_or_auto
+
+ROOT = Path(__file__).resolve().parents[2]
+
+LEAST_VALUES = {
+    **dict.fromkeys(("epochs", "batch_size", "nominal_batch"), 1),
+    **dict.fromkeys(("workers", "patience", "sparsity_rate", "distill_gain", "seed", "freeze"), 0),
+    "imgsz": 32,
+}
+# A flag that does nothing without another.
+ACTS_ONLY_WITH = {
+    **dict.fromkeys(
+        ("--sparsity_rate", "--sparsity_mode", "--sparsity_schedule", "--sparsity_cost"),
+        "--bn_sparsity",
+    ),
+    "--shortcut": "--bn_sparsity",
+    "--distill-gain": "--teacher",
+}
+# What a resumed run may be told anew; everything else comes from its checkpoint.
+RESUME_FLAGS = {"resume", "device", "workers"}
+
+
+def build_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """All flags with their defaults."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    group = parser.add_argument_group("network and data")
+    group.add_argument(
+        "--weights",
+        default="yolov5s.pt",
+        help="checkpoint to start from: ours, a public YOLOv5 .pt, a known name, or '' for none",
+    )
+    group.add_argument("--cfg", default="", help="model yaml; default: the network of --weights")
+    group.add_argument("--data", default="data/coco128.yaml", help="data set yaml")
+    group.add_argument("--hyp", default="hyp.scratch-low.yaml", help="hyperparameter yaml")
+    group.add_argument("--single-cls", action="store_true", help="treat all classes as one")
+    group.add_argument(
+        "--allow-download-scripts",
+        action="store_true",
+        help="run the `download:` command of a data set yaml that is not part of this project",
+    )
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, default=300)
+    group.add_argument("--batch-size", type=int, default=16, help="images, over all GPUs")
+    group.add_argument(
+        "--nominal-batch",
+        type=int,
+        default=NOMINAL_BATCH,
+        help="images an optimizer step sums up; smaller batches accumulate gradients",
+    )
+    group.add_argument("--imgsz", "--img", "--img-size", type=int, default=640, help="pixels")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="SGD")
+    group.add_argument("--cos-lr", action="store_true", help="cosine instead of linear schedule")
+    group.add_argument("--label-smoothing", type=float, help="0 to 1; default: of the hyp file")
+    group.add_argument("--patience", type=int, default=100, help="epochs without gain; 0: never")
+    group.add_argument(
+        "--freeze", type=int, nargs="+", default=[0], help="first N rows, or row numbers"
+    )
+    group.add_argument("--multi-scale", action="store_true", help="vary the size by +- 50 %%")
+    group.add_argument("--rect", action="store_true", help="rectangular batches, no mosaic")
+    group.add_argument("--image-weights", action="store_true", help="draw hard classes more often")
+    group.add_argument("--noautoanchor", action="store_true", help="keep the anchors as they are")
+    group.add_argument("--seed", type=int, default=0)
+    group = parser.add_argument_group("slimming")
+    group.add_argument(
+        "--bn_sparsity", "--bn-sparsity", action="store_true", help="L1 penalty on BN gammas"
+    )
+    group.add_argument(
+        "--sparsity_rate",
+        "--sparsity-rate",
+        type=number_or_auto,
+        default=1e-4,
+        help="its factor, or auto: what fits the gradients and the length of the run",
+    )
+    group.add_argument(
+        "--sparsity_mode",
+        "--sparsity-mode",
+        choices=MODES,
+        default="subgradient",
+        help="subgradient: joins the gradients (classic); proximal: after the step, exact zeros",
+    )
+    group.add_argument(
+        "--sparsity_schedule",
+        "--sparsity-schedule",
+        choices=SCHEDULES,
+        default=DEFAULT_SCHEDULE,
+        help="linear: the rate decays to a tenth (classic); hold: full for half of the run, then "
+        "to 0; default: %(default)s",
+    )
+    group.add_argument(
+        "--sparsity_cost",
+        "--sparsity-cost",
+        type=float,
+        metavar="POWER",
+        default=DEFAULT_COST_POWER,
+        help="the rate of a channel grows with this power of the operations that its removal "
+        "saves; 0: the same for all (classic); default: %(default)s",
+    )
+    group.add_argument(
+        "--shortcut",
+        choices=SHORTCUT_RULES,
+        default="group",
+        help="what is penalised, and can be pruned: keep leaves out what touches a shortcut, "
+        "group takes everything",
+    )
+    group.add_argument(
+        "--ft_pruned_model",
+        "--ft-pruned-model",
+        action="store_true",
+        help="fine-tune the slim network in --weights; --cfg is not used",
+    )
+    group = parser.add_argument_group("distillation")
+    group.add_argument(
+        "--teacher",
+        default="",
+        help="checkpoint to learn from beside the labels, as the dense parent of a slim network",
+    )
+    group.add_argument(
+        "--distill-gain",
+        type=float,
+        default=1.0,
+        help="weight of the teacher; at 1 it counts about as much as the labels",
+    )
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="", help="'' (best), cpu, mps, 0 or 0,1")
+    group.add_argument("--amp", choices=AMP_CHOICES, default="auto", help="precision")
+    group.add_argument("--workers", type=int, default=8, help="loader processes, at most")
+    group.add_argument("--cache", nargs="?", const="ram", choices=("ram", "disk"), help="images")
+    group = parser.add_argument_group("results")
+    group.add_argument("--project", default=str(ROOT / "runs/train"), help="parent folder")
+    group.add_argument("--name", default="exp", help="folder name; a number is added")
+    group.add_argument("--exist-ok", action="store_true", help="write into an existing folder")
+    group.add_argument("--save-period", type=int, default=-1, help="keep every Nth epoch")
+    group.add_argument("--nosave", action="store_true", help="write only the last checkpoint")
+    group.add_argument("--noval", action="store_true", help="validate only the last epoch")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        help="run folder or its last.pt; default: the newest unfinished run",
+    )
+    return parser
+
+
+def parse_args(
+    argv: Sequence[str] | None = None, description: str | None = None
+) -> tuple[argparse.Namespace, set[str]]:
+    """Options, and the names of those that were typed; checks what needs no files.
+
+    Args:
+        argv: the command line; None takes that of the program.
+        description: what `--help` says above the flags.
+    """
+    parser = build_parser(description)
+    options = parser.parse_args(argv)
+    given = _given_flags(argv)
+    if options.resume and given - RESUME_FLAGS:
+        flags = ", ".join(sorted(given - RESUME_FLAGS))
+        parser.error(f"--resume takes the options of the run; {flags} cannot be changed")
+    if options.bn_sparsity and options.ft_pruned_model:
+        parser.error("--bn_sparsity and --ft_pruned_model are different stages; give one of them")
+    for flag, needed in ACTS_ONLY_WITH.items():
+        if _option_name(flag) in given and not getattr(options, _option_name(needed)):
+            parser.error(f"{flag} acts only with {needed}")
+    if not options.weights and not options.cfg:
+        parser.error("--weights '' needs a network: give --cfg, for example --cfg yolov5n.yaml")
+    if options.ft_pruned_model and not options.weights:
+        parser.error("--ft_pruned_model needs the pruned checkpoint: give --weights")
+    if options.noval and options.image_weights:
+        parser.error("--image-weights needs the validation that --noval leaves out")
+    if options.noval and "patience" in given and options.patience:
+        parser.error("--patience needs the validation that --noval leaves out")
+    if options.image_weights and options.rect:
+        parser.error("--image-weights draws images at random, --rect sorts them; give one of them")
+    check_least(parser, options, LEAST_VALUES)
+    check_shares(parser, options, ("sparsity_cost",))
+    if options.label_smoothing is not None and not 0 <= options.label_smoothing < 1:
+        parser.error(f"--label-smoothing is {options.label_smoothing}, expected 0 to below 1")
+    check_device(parser, options)
+    return options, given
+
+
+def _option_name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _given_flags(argv: Sequence[str] | None) -> set[str]:
+    """Names of the options that were typed."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
