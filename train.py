@@ -214,8 +214,8 @@ def find_resumed(options: argparse.Namespace, given: set[str]) -> Resumed | None
             f"--resume {path}: the file is not in its run folder (<run>/weights/last.pt with "
             "<run>/opt.yaml); put it back there"
         )
-    # A run of an older version does not know the newer flags.
-    defaults = vars(build_parser().parse_args([]))
+    # A run of an older version does not know the newer flags, and goes on as it began.
+    defaults = vars(build_parser().parse_args([])) | {"sparsity_cost": 0.0}
     merged = argparse.Namespace(**{**defaults, **content["options"]})
     for name in given - {"resume"}:
         setattr(merged, name, getattr(options, name))
@@ -696,7 +696,10 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     """Continue from the training part of a checkpoint."""
     run.model.load_state_dict(state["model"])
     run.ema.load_state_dict(state["ema"])
+    is_fused = [group["fused"] for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(state["optimizer"])
+    for group, fused in zip(run.optimizer.param_groups, is_fused, strict=True):
+        group["fused"] = fused  # as it is built here, not as it was on another machine or version
     run.scaler.load_state_dict(state["scaler"])
     # A run that stopped early and was killed before its last touches has nothing left to train.
     run.first_epoch = run.options.epochs if state["is_last"] else state["epoch"] + 1

@@ -30,7 +30,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 CLASSIC = ["--shortcut", "keep", "--importance", "gamma", "--compensate", "none"]
 CLASSIC += ["--recalibrate", "0"]
-PLAIN_PENALTY = ["--sparsity_cost", "0", "--sparsity_schedule", "linear"]
 PERCENTS = [f"{step / 10:g}" for step in range(1, 8)]
 DEEP = ("50%", "35%", "25%")  # of the GFLOPs, for comparisons
 SLIM = "25%"  # of the GFLOPs, for fine-tuning
@@ -139,8 +138,8 @@ def list_steps(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
     yield train("dense", *start)
     penalty = ["--bn_sparsity", "--sparsity_rate", options.rate]
     teacher = ["--teacher", str(folder / "dense/weights/best.pt")]
-    yield train("sparse", *start, *penalty, *teacher)
-    yield train("plain", *start, *penalty, *PLAIN_PENALTY)
+    yield train("sparse", *start, *penalty, *teacher, "--sparsity_schedule", "hold")
+    yield train("plain", *start, *penalty, "--sparsity_cost", "0")
     yield prune("classic", "--percent", *PERCENTS, *CLASSIC, result="sweep.csv")
     yield prune("ours", "--percent", *PERCENTS, result="sweep.csv")
     for percent, gflops in _classic_gflops(folder):

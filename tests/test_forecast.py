@@ -192,9 +192,13 @@ def test_auto_under_adam_grows_with_the_distance_up_to_a_limit():
 
 
 def test_auto_does_not_take_the_noise_of_a_teacher_for_worth():
-    for plan in (a_plan("SGD"), a_plan("AdamW", epochs=60)):
-        alone, taught = (choose_auto_rate(plan, 1e-6, teacher_gain=gain) for gain in (0.0, 1.0))
-        assert taught.strength == pytest.approx(alone.strength / 2)
+    for plan in (a_plan("SGD"), a_plan("SGD", "proximal"), a_plan("AdamW", epochs=60)):
+        for distance in (1e-6, 1e6):  # the usual strength, and the limit
+            alone, taught = (choose_auto_rate(plan, distance, gain) for gain in (0.0, 1.0))
+            assert taught.strength == pytest.approx(alone.strength / 2)
+            assert taught.limit in (alone.limit / 2, math.inf)
+    plan = a_plan("AdamW", "proximal")  # a share of the learning rate
+    assert choose_auto_rate(plan, 0.9, 1.0) == choose_auto_rate(plan, 0.9)
 
 
 def remarks(plan, rate, median, noise):

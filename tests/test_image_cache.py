@@ -147,3 +147,16 @@ def test_the_disk_cache_leaves_no_half_files(tiny_dataset, split, monkeypatch):
     monkeypatch.setattr(image_cache.np, "save", fail)
     DetectionDataset(split, 64, cache="disk")
     assert disk_files(tiny_dataset) == []
+
+
+@pytest.mark.parametrize("hw", [(71, 204), (853, 1280), (1280, 853)])
+def test_reduced_images_of_odd_sizes_are_cached(tmp_path, hw):
+    """The decoder rounds up, and the short side must not be a pixel off for that."""
+    image = np.random.default_rng(0).integers(0, 255, (*hw, 3), np.uint8)
+    (tmp_path / "a.jpg").write_bytes(cv2.imencode(".jpg", image)[1].tobytes())
+    (tmp_path / "a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    split = scan_split([tmp_path], NAMES)
+    dataset = DetectionDataset(split, 64, hyp=LOW, cache="ram")
+    assert dataset._cache.filled.all()
+    long_side = max(hw)
+    assert dataset._load(0).shape == (*(round(side * 64 / long_side) for side in hw), 3)

@@ -166,7 +166,7 @@ def test_sparse_run_reports_and_shrinks_gamma(base, tmp_path, draws):
     rows = results_of(run)
     assert (run / "bn_gamma.png").stat().st_size > 10_000
     rates = [float(row["sparsity_rate"]) for row in rows]
-    assert rates == pytest.approx([1, 1, 1, 1, 7 / 12, 1 / 6])
+    assert rates == pytest.approx([1 - 0.9 * epoch / 6 for epoch in range(6)])
     assert float(rows[-1]["gamma/q50"]) < float(rows[0]["gamma/q50"]) < 1
     assert 0 <= float(rows[-1]["gamma/suggested_percent"]) < 1
 
@@ -182,7 +182,7 @@ def test_proximal_run_saves_exact_zeros_and_spares_what_the_rule_keeps(base, tmp
     zeros = (gammas == 0).float().mean().item()
     assert zeros > 0.5
     row = results_of(run)[-1]
-    assert float(row["gamma/below_1e-3"]) >= zeros
+    assert float(row["gamma/below_1e-3"]) >= zeros - 1e-5  # the file has six digits
     others = [bn for p, bn in prunable_batchnorms(model, "group").items() if p not in prunable]
     assert min(bn.weight.min() for bn in others) > 0.5
     options = load_checkpoint(run / "weights/last.pt")["options"]
@@ -491,6 +491,31 @@ def test_run_of_a_version_without_teachers_is_resumed(base, tmp_path, monkeypatc
     save_checkpoint(last, content)
     train.main(["--resume", str(last)])
     assert load_checkpoint(last)["epoch"] == 1
+
+
+def test_sparse_run_of_an_older_version_goes_on_as_it_began(base, tmp_path, monkeypatch):
+    """It pulled all channels alike, and its optimizer was not fused."""
+    train_until(monkeypatch, 0, [*base, "--epochs", "2", "--bn_sparsity", "--sparsity_cost", "0"])
+    last = tmp_path / "runs/exp/weights/last.pt"
+    content = load_checkpoint(last)
+    for name in ("sparsity_schedule", "sparsity_cost"):
+        del content["options"][name]
+    for group in content["training"]["optimizer"]["param_groups"]:
+        group["fused"] = None
+    save_checkpoint(last, content)
+    runs = []
+    original = train.restore_run
+
+    def restore(run, *arguments):
+        original(run, *arguments)
+        runs.append(run)
+
+    monkeypatch.setattr(train, "restore_run", restore)
+    train.main(["--resume", str(last)])
+    (run,) = runs
+    assert all((weights == 1).all() for weights in run.penalty.weights)
+    assert run.penalty.schedule == "linear"
+    assert all(group["fused"] for group in run.optimizer.param_groups)
 
 
 def test_pruned_yaml_trains_from_scratch(base, slim_weights, tmp_path):

@@ -48,12 +48,16 @@ def resize_long_side(image: np.ndarray, side: int, *, smooth: bool) -> np.ndarra
     """
     height, width = image.shape[:2]
     long_side = max(height, width)
-    if long_side == side:
+    shape_hw = (max(round(height * side / long_side), 1), max(round(width * side / long_side), 1))
+    method = cv2.INTER_AREA if smooth and long_side > side else cv2.INTER_LINEAR
+    return image if long_side == side else resize(image, shape_hw, method)
+
+
+def resize(image: np.ndarray, shape_hw: tuple[int, int], method: int) -> np.ndarray:
+    """Scale an image [H, W, 3] to a shape; the image itself if it has it already."""
+    if image.shape[:2] == shape_hw:
         return image
-    size_wh = (max(round(width * side / long_side), 1), max(round(height * side / long_side), 1))
-    shrinks = long_side > side
-    method = cv2.INTER_AREA if smooth and shrinks else cv2.INTER_LINEAR
-    return cv2.resize(image, size_wh, interpolation=method)
+    return cv2.resize(image, shape_hw[::-1], interpolation=method)
 
 
 def letterbox(

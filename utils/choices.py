@@ -14,9 +14,9 @@ SHORTCUT_RULES = ("keep", "group")
 # How the sparsity penalty acts; slimming.py describes both.
 MODES = ("subgradient", "proximal")
 # How the rate changes over the run. "linear": the classic decay to a tenth. "hold": full for half
-# of the run, then linearly to 0 after nine tenths of it, so that what stays recovers.
+# of the run, then linearly to 0 after nine tenths of it, so that the gammas that stay recover; the
+# betas are pulled throughout.
 SCHEDULES = ("linear", "hold")
-DEFAULT_SCHEDULE = "hold"  # of train.py; why: benchmarks/slimming.md
 DEFAULT_COST_POWER = 0.5  # of train.py; why: benchmarks/slimming.md
 
 IMPORTANCES = ("gamma", "error", "error-per-cost")

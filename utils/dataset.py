@@ -33,6 +33,7 @@ from utils.augment import (
     letterbox_sample,
     mixup,
     mosaic,
+    resize,
     resize_long_side,
     warp,
 )
@@ -173,9 +174,10 @@ class DetectionDataset(Dataset[Item]):
         )
 
     # ------------------------------------------------------------------------------ loading
-    def _resized_hw(self) -> np.ndarray:
-        hw = self.split.shapes_hw
-        return np.maximum(np.rint(hw * self.imgsz / hw.max(1, keepdims=True)), 1).astype(np.int64)
+    def _resized_hw(self, index: int | slice = slice(None)) -> np.ndarray:
+        """Shapes with the long side `imgsz`, int64 [..., 2]."""
+        hw = self.split.shapes_hw[index]
+        return np.maximum(np.rint(hw * self.imgsz / hw.max(-1, keepdims=True)), 1).astype(np.int64)
 
     def _variant(self) -> str:
         return f"{self.imgsz}-{'area' if self.hyp is None else 'reduced'}"
@@ -189,7 +191,12 @@ class DetectionDataset(Dataset[Item]):
             # One damaged or deleted image must not end a long run, a lost drive must.
             self._check_others_are_there(path)
             self._problems[index] = _describe(error, path)
-            return np.full((*self._resized_hw()[index], 3), GREY, np.uint8)
+            return np.full((*self._resized_hw(index), 3), GREY, np.uint8)
+        reduction, whole_hw = self._reduction(index), self.split.shapes_hw[index]
+        if reduction > 1 and image.shape[:2] == tuple((-(-whole_hw // reduction)).tolist()):
+            # The sides were rounded up: the aspect ratio is that of the file, not of the image.
+            height, width = self._resized_hw(index).tolist()
+            return resize(image, (height, width), cv2.INTER_LINEAR)
         return resize_long_side(image, self.imgsz, smooth=self.hyp is None)
 
     def _reduction(self, index: int) -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 from utils.choices import (
     AMP_CHOICES,
     DEFAULT_COST_POWER,
-    DEFAULT_SCHEDULE,
     MODES,
     NOMINAL_BATCH,
     OPTIMIZERS,
@@ -102,7 +101,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--sparsity_schedule",
         "--sparsity-schedule",
         choices=SCHEDULES,
-        default=DEFAULT_SCHEDULE,
+        default="linear",
         help="linear: the rate decays to a tenth (classic); hold: full for half of the run, then "
         "to 0; default: %(default)s",
     )

@@ -205,13 +205,14 @@ def choose_auto_rate(plan: SparsityPlan, median: float, teacher_gain: float = 0.
             gradients, and to their noise, but nothing to what a channel is worth; measured on BCCD
             (gain 1) the noise grows by 2.2, and 0.65 times that, 0.0021, destroyed the network.
     """
-    strength = AUTO_STRENGTH[plan.mode]
-    if plan.mode == "subgradient":
-        strength /= 1 + teacher_gain
+    is_share_of_lr = plan.mode == "proximal" and plan.is_adam  # whatever the noise is
+    scale = 1.0 if is_share_of_lr else 1 / (1 + teacher_gain)
+    strength = AUTO_STRENGTH[plan.mode] * scale
     needed = plan.rate_to_fall(AUTO_REACH * median, noise=1.0)
     if not plan.is_adam:
-        return AutoRate(strength, needed or 0.0, plan.noise_gain, AUTO_LIMIT["subgradient"])
-    limit = max(strength, AUTO_LIMIT[plan.mode])
+        limit = AUTO_LIMIT["subgradient"] * scale
+        return AutoRate(strength, needed or 0.0, plan.noise_gain, limit)
+    limit = max(strength, AUTO_LIMIT[plan.mode] * scale)
     strength = limit if needed is None else min(max(strength, needed), limit)
     return AutoRate(strength, noise_gain=1.0 if plan.mode == "subgradient" else None)
 
