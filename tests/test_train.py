@@ -222,7 +222,7 @@ def test_auto_says_what_it_has_chosen(base, tmp_path, caplog):
     flags = ["--bn_sparsity", "--sparsity_rate", "auto", "--optimizer", "AdamW"]
     with caplog.at_level("INFO"):
         train.main([*base, "--epochs", "2", *flags])
-    assert "rate auto on" in caplog.text
+    assert "rate auto, by cost " in caplog.text
     assert "it cannot become sparse; give it" in caplog.text  # four steps
     rates = [float(row["sparsity_rate"]) for row in results_of(tmp_path / "runs/exp")]
     assert 0 < rates[1] < rates[0]
