@@ -184,15 +184,15 @@ class DetectionDataset(Dataset[Item]):
 
     def _load(self, index: int) -> np.ndarray:
         """Decode and resize one image; long side = imgsz."""
-        path = self.split.paths[index]
+        path, reduction = self.split.paths[index], self._reduction(index)
         try:
-            image = read_image(path, self._reduction(index))
+            image = read_image(path, reduction)
         except OSError as error:
             # One damaged or deleted image must not end a long run, a lost drive must.
             self._check_others_are_there(path)
             self._problems[index] = _describe(error, path)
             return np.full((*self._resized_hw(index), 3), GREY, np.uint8)
-        reduction, whole_hw = self._reduction(index), self.split.shapes_hw[index]
+        whole_hw = self.split.shapes_hw[index]
         if reduction > 1 and image.shape[:2] == tuple((-(-whole_hw // reduction)).tolist()):
             # The sides were rounded up: the aspect ratio is that of the file, not of the image.
             height, width = self._resized_hw(index).tolist()
@@ -202,7 +202,7 @@ class DetectionDataset(Dataset[Item]):
     def _reduction(self, index: int) -> int:
         """How small a training image may be decoded so that it is only ever shrunk after that."""
         if self.hyp is not None:
-            for reduction in sorted(REDUCTIONS, reverse=True):
+            for reduction in reversed(REDUCTIONS):
                 if self.split.shapes_hw[index].max() >= reduction * self.imgsz:
                     return reduction
         return 1
