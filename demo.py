@@ -83,7 +83,8 @@ def list_stages(options: argparse.Namespace, run_dir: Path) -> list[Stage]:
     # A short run needs many steps, so a step is a batch, not the 64 images of a long training.
     batch = ["--batch-size", str(options.batch_size), "--nominal-batch", str(options.batch_size)]
     train = ["train.py", "--data", options.data, "--hyp", options.hyp, *batch]
-    common = ["--imgsz", str(options.imgsz), "--workers", str(options.workers)]
+    common = ["--imgsz", str(options.imgsz)]
+    common += [] if options.workers is None else ["--workers", str(options.workers)]
     common += ["--device", options.device] if options.device else []
     epochs = [["--epochs", str(count)] for count in options.epochs]
     adamw = ["--optimizer", "AdamW"]

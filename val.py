@@ -54,7 +54,7 @@ from utils.dataset import (
     round_imgsz,
     scan_split,
 )
-from utils.device import describe_device, select_device
+from utils.device import describe_device, loader_processes, select_device
 from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, check_class_names, evaluate
 from utils.plots import (
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv, __doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     device = select_device(options.device)
+    options.workers = loader_processes(options.workers, device)
     precision = select_precision(options.half, device)
     LOGGER.info("device %s, %s", describe_device(device), str(precision).removeprefix("torch."))
     data = load_data(options)
@@ -146,7 +147,6 @@ def scan(data: DatasetSpec, options: argparse.Namespace) -> Split:
         getattr(data, split_name(options.task)),
         data.names,
         single_cls=options.single_cls,
-        workers=max(options.workers, 1),
         require_labels=options.task != "speed" and not wants_files_alone,
     )
 

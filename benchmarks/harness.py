@@ -52,7 +52,9 @@ def build_parser(description: str | None, **defaults: Any) -> argparse.ArgumentP
     parser.add_argument("--img", type=int, default=320, help="pixels")
     parser.add_argument("--batch", type=int, default=16, help="images")
     parser.add_argument("--repeats", type=int, default=5, help="rounds after the warm-up")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes")
+    parser.add_argument(
+        "--workers", type=int, help="loader processes; default: 2 for the baseline, ours chooses"
+    )
     parser.add_argument(
         "--threads", type=int, default=num_usable_cores(), help="of torch and OpenCV"
     )
@@ -62,10 +64,28 @@ def build_parser(description: str | None, **defaults: Any) -> argparse.ArgumentP
     return parser
 
 
+def given_flags(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """The command line of these options, but for those that are None."""
+    values = [(f"--{name}", getattr(options, name)) for name in names]
+    return [word for flag, value in values if value is not None for word in (flag, str(value))]
+
+
+def plain_workers(options: argparse.Namespace) -> int:
+    """Loader processes of the baseline: as textbooks have it, two."""
+    return 2 if options.workers is None else options.workers
+
+
 def set_threads(count: int) -> None:
     """Let torch and OpenCV use so many threads in this process."""
     torch.set_num_threads(count)
     cv2.setNumThreads(count)
+
+
+def use_one_core() -> None:
+    """Run on one core from here on, and with one thread; on Linux, elsewhere with one thread."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
+    set_threads(1)
 
 
 def report(title: str, device: torch.device, sections: Iterable[str], out: str | None) -> None:

@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = open_dataset(options.data)
     split = scan_split(data.train, data.names)
     sections = []
-    for workers in sorted({0, options.workers}):
-        harness.set_threads(options.threads if workers else 1)
+    for workers in sorted({0, harness.plain_workers(options)}, reverse=True):
+        if not workers:
+            harness.use_one_core()
         variants = {
             "plain": plain_epoch(split, options.img, hyp, options.batch, workers),
             "ours": our_epoch(split, options.img, hyp, options.batch, workers),

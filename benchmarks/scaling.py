@@ -115,9 +115,9 @@ def grow_images(options: argparse.Namespace) -> Tables:
 
 def prepare_images(options: Mapping[str, Any], data: str, task: str) -> Callable[[], object]:
     """What does one task on a data set; what comes before it is done."""
-    workers, imgsz = options["workers"], options["img"]
+    workers, imgsz = options["workers"] or 0, options["img"]
     spec = load_dataset_spec(data, ROOT)
-    scan = functools.partial(scan_split, spec.train, spec.names, workers=max(workers, 1))
+    scan = functools.partial(scan_split, spec.train, spec.names)
     if task == "scan":
         return functools.partial(scan, cache=False)
     split: Split = scan()

@@ -96,7 +96,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="another place of the data set yaml")
     parser.add_argument("--rate", default="auto", help="--sparsity_rate")
     parser.add_argument("--device", default="", help="'' (best), cpu or 0")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes, at most")
     parser.add_argument("--project", default=str(ROOT / "runs/slimming"), help="parent folder")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     return parser.parse_args(argv)
@@ -122,7 +121,7 @@ def list_steps(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
     """Every command of a study, in order; later ones read the results of earlier ones."""
     study = STUDIES[options.study]
     data = ["--data", options.data or study.data, "--img", str(study.imgsz)]
-    machine = ["--workers", str(options.workers), "--project", str(folder), "--exist-ok"]
+    machine = ["--project", str(folder), "--exist-ok"]
     machine += ["--device", options.device] if options.device else []
 
     def train(name: str, *flags: str) -> Step:

@@ -15,6 +15,7 @@ from utils.augment import (
     augment_colour_and_flip,
     clip_polygon,
     copy_paste,
+    draw_mosaic_centre,
     draw_warp,
     flip_left_right,
     flip_up_down,
@@ -24,6 +25,8 @@ from utils.augment import (
     mixup,
     mosaic,
     resize_long_side,
+    snap,
+    visible_tiles,
     warp,
 )
 from utils.config import load_hyperparameters
@@ -127,7 +130,7 @@ def test_mosaic_keeps_objects_and_boxes_together(seed):
         tile.image[box[1] : box[3], box[0] : box[2]] = COLOURS_BGR[number]
         label = np.array([[number, *box]], np.float32)
         tiles[number] = Sample(tile.image, label, [NONE])
-    canvas = mosaic(tiles, 80, np.random.default_rng(seed)).paint()
+    canvas = mosaic(tiles, 80, draw_mosaic_centre(80, np.random.default_rng(seed))).paint()
     assert canvas.image.shape == (160, 160, 3)
     assert len(canvas.labels) == len(canvas.segments) == 4
     cut = warp(canvas, np.eye(3), (160, 160))  # drops what the canvas cuts away
@@ -135,7 +138,7 @@ def test_mosaic_keeps_objects_and_boxes_together(seed):
 
 
 def test_mosaic_without_any_object():
-    canvas = mosaic([painted(32, 32, [])] * 4, 32, np.random.default_rng(0))
+    canvas = mosaic([painted(32, 32, [])] * 4, 32, (30, 40))
     assert canvas.labels.shape == (0, 5)
     assert canvas.segments == []
     assert (canvas.paint().image == 0).any()
@@ -238,14 +241,35 @@ def test_warp_of_a_mosaic_follows_too():
     for seed in range(8):
         rng = np.random.default_rng(seed)
         tiles = [painted(128, 128, boxes, polygons=True)] + [painted(96, 128, [])] * 3
-        canvas = mosaic(tiles, 128, rng)
+        canvas = mosaic(tiles, 128, draw_mosaic_centre(128, rng))
         warped = warp(canvas, draw_warp(canvas.hw, (128, 128), hyp, rng), (128, 128))
         assert_boxes_follow(warped)
 
 
 @pytest.mark.parametrize("strengths", WARPS)
-@pytest.mark.parametrize("seed", range(4))
-def test_each_image_of_a_mosaic_is_warped_to_where_the_painted_canvas_has_it(strengths, seed):
+def test_tiles_that_are_said_to_be_out_of_sight_change_nothing(strengths):
+    hyp = dataclasses.replace(STILL, **strengths)
+    num_left_out = 0
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        tiles = [painted(96, 64, [(0, 0, 64, 96), (10, 10, 60, 40)]), painted(64, 96, [])] * 2
+        centre = draw_mosaic_centre(96, rng)
+        matrix = draw_warp((192, 192), (96, 80), hyp, rng)
+        shown = visible_tiles(centre, 96, matrix, (96, 80))
+        num_left_out += shown.count(False)
+        seen = [tile if show else None for tile, show in zip(tiles, shown, strict=True)]
+        whole, part = (warp(mosaic(t, 96, centre), matrix, (96, 80)) for t in (tiles, seen))
+        np.testing.assert_array_equal(whole.image, part.image)
+        np.testing.assert_array_equal(whole.labels, part.labels)
+    assert num_left_out >= 5
+
+
+@pytest.mark.parametrize("strengths", WARPS)
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("is_snapped", [False, True])
+def test_each_image_of_a_mosaic_is_warped_to_where_the_painted_canvas_has_it(
+    strengths, seed, is_snapped
+):
     rng = np.random.default_rng(seed)
     hyp = dataclasses.replace(STILL, **strengths)
     shapes = [(96, 128), (128, 90), (128, 128), (40, 128)]
@@ -254,8 +278,9 @@ def test_each_image_of_a_mosaic_is_warped_to_where_the_painted_canvas_has_it(str
         rough = rng.integers(0, 256, (3, 4, 3)).astype(np.uint8)
         image = cv2.resize(rough, (width, height), interpolation=cv2.INTER_CUBIC)
         tiles.append(Sample(image, np.zeros((0, 5), np.float32), []))
-    collage = mosaic(tiles, 128, rng)
+    collage = mosaic(tiles, 128, draw_mosaic_centre(128, rng))
     matrix = draw_warp(collage.hw, (128, 160), hyp, rng)
+    matrix = snap(matrix, collage.centre_xy) if is_snapped else matrix
     ours = warp(collage, matrix, (128, 160)).image.astype(int)
     painted_first = warp(collage.paint(), matrix, (128, 160)).image.astype(int)
     # Which image, or none, the centre of each pixel falls on, and whether its neighbours agree.
@@ -287,6 +312,22 @@ def test_identity_warp_is_exact():
     warped = warp(sample, matrix, (64, 96))
     np.testing.assert_array_equal(warped.image, sample.image)
     np.testing.assert_array_equal(warped.labels, sample.labels)
+
+
+def test_snapping_moves_an_upright_map_by_half_a_pixel_at_most():
+    hyp = dataclasses.replace(STILL, scale=0.5, translate=0.1)
+    for seed in range(20):
+        matrix = draw_warp((640, 640), (320, 320), hyp, np.random.default_rng(seed))
+        snapped = snap(matrix, (211, 432))
+        np.testing.assert_array_equal(snapped[:, :2], matrix[:, :2])
+        assert 0 < np.abs(snapped[:2, 2] - matrix[:2, 2]).max() <= 0.5
+        x, y, _ = snapped @ (211, 432, 1)
+        assert x == pytest.approx(round(x), abs=1e-9)
+        assert y == pytest.approx(round(y), abs=1e-9)
+    turned = draw_warp(
+        (64, 64), (64, 64), dataclasses.replace(STILL, degrees=9), np.random.default_rng(0)
+    )
+    assert snap(turned, (3, 5)) is turned
 
 
 def test_pixels_and_boxes_use_the_same_coordinates():

@@ -13,6 +13,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +29,7 @@ from utils.augment import (
     Sample,
     augment_colour_and_flip,
     copy_paste,
+    draw_mosaic_centre,
     draw_warp,
     letterbox,
     letterbox_sample,
@@ -35,6 +37,8 @@ from utils.augment import (
     mosaic,
     resize,
     resize_long_side,
+    snap,
+    visible_tiles,
     warp,
 )
 from utils.boxes import Letterbox
@@ -63,6 +67,8 @@ LOGGER = logging.getLogger(__name__)
 # (epoch, index) of an image; a third number tells apart repeats of an image within an epoch.
 Key = int | tuple[int, int] | tuple[int, int, int]
 
+Problems = dict[int, str]  # by index: what is wrong with an image that is shown as grey
+
 NUM_PROBES = 16  # images looked at to tell one lost image from a lost drive
 
 RECT_PAD = 0.5  # of rectangular evaluation batches, in strides
@@ -74,7 +80,7 @@ _ORDER_STREAM, _SAMPLE_STREAM = 1, 2
 class Batch(NamedTuple):
     """One batch as the loader yields it."""
 
-    images: Tensor  # uint8 RGB [B, 3, H, W]
+    images: Tensor  # uint8 RGB [B, 3, H, W], channels last in memory
     targets: Tensor  # float32 [T, 6]: image index, class, cx, cy, w, h normalised
     paths: list[str]
     letterboxes: list[Letterbox]
@@ -83,7 +89,7 @@ class Batch(NamedTuple):
 class Item(NamedTuple):
     """One image as the data set yields it."""
 
-    image: Tensor  # uint8 RGB [3, H, W]
+    image: Tensor  # uint8 RGB [3, H, W], channels last in memory
     targets: Tensor  # float32 [n, 5]: class, cx, cy, w, h normalised
     path: str
     letterbox: Letterbox
@@ -133,7 +139,6 @@ class DetectionDataset(Dataset[Item]):
             raise ValueError(f"seed {seed} must be 0 or more, batch size {batch_size} 1 or more")
         self.split, self.imgsz, self.hyp, self.seed = split, imgsz, hyp, seed
         self.rect, self.batch_size = rect, batch_size
-        self._problems: dict[int, str] = {}  # of the images behind the current item
         self.input_shapes_hw = np.full((len(split), 2), imgsz, np.int64)
         self.rect_batches: list[np.ndarray] = []
         if rect:
@@ -157,20 +162,20 @@ class DetectionDataset(Dataset[Item]):
         epoch, index, repeat = _full_key(key)
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        self._problems.clear()
+        problems: Problems = {}
         if self.hyp is None:
-            sample, placement = self._plain(index)
+            sample, placement = self._plain(index, problems)
         else:
             rng = np.random.default_rng((_SAMPLE_STREAM, self.seed, epoch, index, repeat))
-            sample = self._augmented(index, self.hyp, rng)
+            sample = self._augmented(index, self.hyp, rng, problems)
             placement = Letterbox(sample.hw, (1.0, 1.0), (0.0, 0.0))
-        image = np.ascontiguousarray(sample.image[..., ::-1].transpose(2, 0, 1))
+        rgb = cv2.cvtColor(sample.image, cv2.COLOR_BGR2RGB)
         return Item(
-            image=torch.from_numpy(image),
+            image=torch.from_numpy(rgb).permute(2, 0, 1),
             targets=torch.from_numpy(_normalised_targets(sample)),
             path=self.split.paths[index],
             letterbox=placement,
-            problems=tuple((self.split.paths[bad], what) for bad, what in self._problems.items()),
+            problems=tuple((self.split.paths[bad], what) for bad, what in problems.items()),
         )
 
     # ------------------------------------------------------------------------------ loading
@@ -182,15 +187,15 @@ class DetectionDataset(Dataset[Item]):
     def _variant(self) -> str:
         return f"{self.imgsz}-{'area' if self.hyp is None else 'reduced'}"
 
-    def _load(self, index: int) -> np.ndarray:
-        """Decode and resize one image; long side = imgsz."""
+    def _load(self, index: int, problems: Problems) -> np.ndarray:
+        """Decode and resize one image; long side = imgsz. Grey if it cannot be read."""
         path, reduction = self.split.paths[index], self._reduction(index)
         try:
             image = read_image(path, reduction)
         except OSError as error:
             # One damaged or deleted image must not end a long run, a lost drive must.
             self._check_others_are_there(path)
-            self._problems[index] = _describe(error, path)
+            problems[index] = _describe(error, path)
             return np.full((*self._resized_hw(index), 3), GREY, np.uint8)
         whole_hw = self.split.shapes_hw[index]
         if reduction > 1 and image.shape[:2] == tuple((-(-whole_hw // reduction)).tolist()):
@@ -218,26 +223,28 @@ class DetectionDataset(Dataset[Item]):
 
     def _load_whole(self, index: int) -> np.ndarray | None:
         """What may be cached: not the substitute for a damaged image."""
-        image = self._load(index)
-        return None if index in self._problems else image
+        problems: Problems = {}
+        image = self._load(index, problems)
+        return None if problems else image
 
-    def _sample(self, index: int) -> Sample:
+    def _sample(self, index: int, problems: Problems) -> Sample:
         """One image, long side = imgsz, with its objects in pixels."""
         image = self._cache.get(index) if self._cache else None
-        image = self._load(index) if image is None else image
+        image = self._load(index, problems) if image is None else image
         height, width = image.shape[:2]
         rows = self.split.labels[index]
         segments = self.split.segments[index]
-        if index in self._problems:
+        if index in problems:
             rows, segments = rows[:0], []
         scale = np.array([width, height], np.float32)
         centres, halves = rows[:, 1:3] * scale, rows[:, 3:5] * scale / 2
         labels = np.concatenate([rows[:, :1], centres - halves, centres + halves], 1)
-        return Sample(image, labels, [points * scale for points in segments])
+        segments = [points * scale if len(points) else points for points in segments]
+        return Sample(image, labels, segments)
 
     # --------------------------------------------------------------------- with and without dice
-    def _plain(self, index: int) -> tuple[Sample, Letterbox]:
-        sample = self._sample(index)
+    def _plain(self, index: int, problems: Problems) -> tuple[Sample, Letterbox]:
+        sample = self._sample(index, problems)
         shape_hw = tuple(self.input_shapes_hw[index].tolist())
         image, ratio_wh, pad_wh = letterbox(sample.image, shape_hw)
         original_h, original_w = self.split.shapes_hw[index].tolist()
@@ -253,12 +260,14 @@ class DetectionDataset(Dataset[Item]):
         labels[:, 1:] = labels[:, 1:] * (ratio_wh * 2) + pad_wh * 2
         return Sample(image, labels, []), placement
 
-    def _augmented(self, index: int, hyp: Hyperparameters, rng: np.random.Generator) -> Sample:
+    def _augmented(
+        self, index: int, hyp: Hyperparameters, rng: np.random.Generator, problems: Problems
+    ) -> Sample:
         shape_hw = tuple(self.input_shapes_hw[index].tolist())
-        sample = self._composed(index, shape_hw, hyp, rng)
+        sample = self._composed(index, shape_hw, hyp, rng, problems)
         if rng.random() < hyp.mixup:
             partner = int(rng.integers(len(self)))
-            sample = mixup(sample, self._composed(partner, shape_hw, hyp, rng), rng)
+            sample = mixup(sample, self._composed(partner, shape_hw, hyp, rng, problems), rng)
         return augment_colour_and_flip(sample, hyp, rng)
 
     def _composed(
@@ -267,19 +276,31 @@ class DetectionDataset(Dataset[Item]):
         shape_hw: tuple[int, int],
         hyp: Hyperparameters,
         rng: np.random.Generator,
+        problems: Problems,
     ) -> Sample:
         """One image or a mosaic of four, with pasted objects, warped to the input shape."""
         canvas: Sample | Collage
         if not self.rect and rng.random() < hyp.mosaic:
             indices = [index, *rng.integers(len(self), size=3).tolist()]
             rng.shuffle(indices)
-            canvas = mosaic([self._sample(i) for i in indices], self.imgsz, rng)
+            centre_xy, canvas_hw = draw_mosaic_centre(self.imgsz, rng), (2 * self.imgsz,) * 2
+            matrix = snap(draw_warp(canvas_hw, shape_hw, hyp, rng), centre_xy)
+            # An image that the output does not show need not be decoded, but for its objects.
+            shown = [True] * 4
+            if not hyp.copy_paste:
+                shown = visible_tiles(centre_xy, self.imgsz, matrix, shape_hw)
+            tiles = [
+                self._sample(member, problems) if is_shown else None
+                for member, is_shown in zip(indices, shown, strict=True)
+            ]
+            canvas = mosaic(tiles, self.imgsz, centre_xy)
         else:
-            canvas = letterbox_sample(self._sample(index), shape_hw)
+            canvas = letterbox_sample(self._sample(index, problems), shape_hw)
+            matrix = draw_warp(canvas.hw, shape_hw, hyp, rng)
         if hyp.copy_paste and any(map(len, canvas.segments)):
             painted = canvas.paint() if isinstance(canvas, Collage) else canvas
             canvas = copy_paste(painted, hyp.copy_paste, rng)
-        return warp(canvas, draw_warp(canvas.hw, shape_hw, hyp, rng), shape_hw)
+        return warp(canvas, matrix, shape_hw)
 
 
 def _can_be_read(path: str) -> bool:
@@ -338,7 +359,8 @@ def collate(items: Sequence[Item]) -> Batch:
         for position, item in enumerate(items)
     ]
     return Batch(
-        images=torch.stack([item.image for item in items]),
+        # Stacked as they lie: a copy of whole images, and the layout that convolutions like.
+        images=torch.stack([item.image.permute(1, 2, 0) for item in items]).permute(0, 3, 1, 2),
         targets=torch.cat(targets),
         paths=[item.path for item in items],
         letterboxes=[item.letterbox for item in items],
@@ -359,8 +381,15 @@ class _Courier(Dataset[Item | OSError]):
     An error raised in a worker would reach the user as two tracebacks within a message.
     """
 
-    def __init__(self, dataset: DetectionDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: DetectionDataset, num_threads: int) -> None:
+        self.dataset, self.num_threads = dataset, num_threads
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Item | OSError]:
+        """A batch; in threads, OpenCV works beside Python."""
+        if self.num_threads == 1:
+            return [self[key] for key in keys]
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            return list(pool.map(self.__getitem__, keys))
 
     def __getitem__(self, key: Key) -> Item | OSError:
         try:
@@ -456,8 +485,8 @@ class Loader(DataLoader[Any]):
 
     batch_sampler: EpochBatchSampler
 
-    def __init__(self, dataset: DetectionDataset, **arguments: Any) -> None:
-        super().__init__(_Courier(dataset), collate_fn=_pack, **arguments)
+    def __init__(self, dataset: DetectionDataset, num_threads: int = 1, **arguments: Any) -> None:
+        super().__init__(_Courier(dataset, num_threads), collate_fn=_pack, **arguments)
         self.unreadable: dict[str, str] = {}  # path: what is wrong
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -510,8 +539,9 @@ def build_loader(
     Args:
         dataset: what to load.
         batch_size: images per batch of this rank. The last batch may be smaller.
-        workers: processes that load, 0 for none; never more than CPU cores or batches. They live
-            as long as the loader.
+        workers: processes that load, never more than CPU cores or batches. They live as long as the
+            loader. With 0 this process loads when a batch is asked for, with all its cores: where
+            the CPU computes as well, processes would only take them away from it.
         shuffle: random order, another one each epoch. Rectangular batches are shuffled as wholes.
         seed: of the order.
         rank: this process among `world_size`; -1 means there is only one.
@@ -540,6 +570,7 @@ def build_loader(
         pin_memory = torch.cuda.is_available()
     return Loader(
         dataset,
+        1 if workers else num_usable_cores(),
         batch_sampler=sampler,
         num_workers=workers,
         pin_memory=pin_memory,

@@ -53,12 +53,13 @@ def read_image(path: str | Path, reduction: int = 1) -> np.ndarray:
     """
     # Not cv2.imread: it fails on file names outside the code page on Windows, and OpenCV 5.0
     # fails there on TIFF files with an orientation.
-    content = np.fromfile(path, np.uint8)
-    if not content.size:
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (called for each of many images)
+        content = file.read()
+    if not content:
         raise OSError(f"{path}: the file is empty")
-    is_jpeg = content[:2].tobytes() == _JPEG_START
+    scale = REDUCTIONS[reduction if content.startswith(_JPEG_START) else 1]
     try:
-        image = cv2.imdecode(content, REDUCTIONS[reduction if is_jpeg else 1])
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), scale)
     except cv2.error as error:
         raise OSError(f"{path}: cannot be decoded: {_one_line(error)}") from error
     if image is None:

@@ -10,6 +10,7 @@ disk.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -56,7 +57,11 @@ class RaggedRows(Sequence[np.ndarray]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                return [self[i] for i in range(start, stop, step)]
+            bounds = self.offsets[start : stop + 1].tolist()
+            return [self.flat[a:b] for a, b in itertools.pairwise(bounds)]
         index = range(len(self))[index]  # negative indices, and IndexError past the end
         return self.flat[self.offsets[index] : self.offsets[index + 1]]
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 
 from utils.device_text import gpu_indices
 
+WORKERS_HELP = "loader processes, at most; default: 8 beside a GPU, none where the CPU computes"
+
 
 def flag_of(name: str) -> str:
     """The flag of an option, as it is typed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from utils.flags.checks import check_device, check_least, number_or_auto
+from utils.flags.checks import WORKERS_HELP, check_device, check_least, number_or_auto
 
 # Epochs of dense, sparse and fine-tuning; image size; share of the channels to remove; rate.
 EPOCHS = (45, 35, 15)
@@ -53,7 +53,7 @@ def parse_args(
     )
     parser.add_argument("--percent", type=float, default=PERCENT, help="share of channels to cut")
     parser.add_argument("--device", default="", help="'' (best), cpu, mps or 0")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes, at most")
+    parser.add_argument("--workers", type=int, help=WORKERS_HELP)
     parser.add_argument("--project", default="runs/demo", help="parent folder")
     options = parser.parse_args(argv)
     check_least(parser, options, LEAST_VALUES)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.choices import COMPENSATIONS, DEFAULT_IMPORTANCE, IMPORTANCES, SHORTCUT_RULES
-from utils.flags.checks import check_device, check_least, check_shares, flag_of
+from utils.flags.checks import WORKERS_HELP, check_device, check_least, check_shares, flag_of
 from utils.pruning.targets import TARGET_UNITS, Target, parse_target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="", help="'' (best), cpu, mps or 0")
-    group.add_argument("--workers", type=int, default=8, help="loader processes, at most")
+    group.add_argument("--workers", type=int, help=WORKERS_HELP)
     group.add_argument(
         "--allow-download-scripts",
         action="store_true",

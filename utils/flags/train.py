@@ -15,7 +15,13 @@ from utils.choices import (
     SCHEDULES,
     SHORTCUT_RULES,
 )
-from utils.flags.checks import check_device, check_least, check_shares, number_or_auto
+from utils.flags.checks import (
+    WORKERS_HELP,
+    check_device,
+    check_least,
+    check_shares,
+    number_or_auto,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,7 +148,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="", help="'' (best), cpu, mps, 0 or 0,1")
     group.add_argument("--amp", choices=AMP_CHOICES, default="auto", help="precision")
-    group.add_argument("--workers", type=int, default=8, help="loader processes, at most")
+    group.add_argument("--workers", type=int, help=WORKERS_HELP)
     group.add_argument("--cache", nargs="?", const="ram", choices=("ram", "disk"), help="images")
     group = parser.add_argument_group("results")
     group.add_argument("--project", default=str(ROOT / "runs/train"), help="parent folder")

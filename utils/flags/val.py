@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.flags.checks import check_device, check_least, check_shares, flag_of
+from utils.flags.checks import WORKERS_HELP, check_device, check_least, check_shares, flag_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,7 +55,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="", help="'' (best), cpu, mps or 0")
     group.add_argument("--half", action="store_true", help="float16; needs a GPU")
-    group.add_argument("--workers", type=int, default=8, help="loader processes, at most")
+    group.add_argument("--workers", type=int, help=WORKERS_HELP)
     group = parser.add_argument_group("results")
     group.add_argument("--verbose", action="store_true", help="a row per class")
     group.add_argument("--save-txt", action="store_true", help="labels/<image>.txt in YOLO form")

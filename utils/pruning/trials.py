@@ -194,7 +194,6 @@ def _scan(data: DatasetSpec, name: str, settings: TrialSettings) -> Split:
         data.names,
         single_cls=settings.single_cls,
         cache=settings.keeps_scan,
-        workers=settings.workers,
     )
 
 
