@@ -24,6 +24,7 @@ import argparse
 import copy
 import dataclasses
 import logging
+import math
 import subprocess
 import sys
 import time
@@ -112,12 +113,16 @@ LOGGER = logging.getLogger("train")
 LOSS_NAMES = ("box", "obj", "cls")
 MAX_GRADIENT_NORM = 10.0
 NOT_FINITE_HELP = (
-    "no step was taken with it, the last checkpoint is good; lower lr0 in the hyperparameters or "
-    "--sparsity_rate, or try --amp off"
+    "the last checkpoint is good; lower lr0 in the hyperparameters or --sparsity_rate, or try "
+    "--amp off"
 )
+PROGRESS_BATCHES = 10  # between two looks at what the device has computed
 GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
 # Images that the verdict on a sparse network is learnt from and measured on.
 VERDICT_TRAIN_IMAGES, VERDICT_IMAGES, VERDICT_BATCH = 64, 256, 16
+
+# What must be finite: what it is called, a scalar on the device, the files of its batch.
+Reading = tuple[str, Tensor, list[str]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -127,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     resumed = find_resumed(options, given)
     options = resumed.options if resumed else options
     device = devices.select_device(options.device)
+    options.workers = devices.loader_processes(options.workers, device)
     if len(gpu_indices(options.device)) > devices.world_size() == 1:
         find_inputs(options, resumed)  # complain, or download, once and before the others start
         return launch_processes(options, argv)
@@ -413,11 +419,7 @@ def scan_splits(data: DatasetSpec, options: argparse.Namespace) -> tuple[Split, 
     for turn in (0, 1):
         if (devices.rank() == 0) == (turn == 0):
             for sources in (data.train, data.val):
-                splits.append(
-                    scan_split(
-                        sources, data.names, single_cls=options.single_cls, workers=options.workers
-                    )
-                )
+                splits.append(scan_split(sources, data.names, single_cls=options.single_cls))
         wait_for_all()
     return splits[0], splits[1]
 
@@ -737,30 +739,40 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
     loader.set_epoch(epoch)
     sums = torch.zeros(len(run.loss_names), device=run.device)
     pending = 0
+    unread: list[Reading] = []
     bar = tqdm(loader, desc=f"epoch {epoch}/{run.options.epochs - 1}", disable=devices.rank() != 0)
     for index, batch in enumerate(bar):
         step = epoch * len(loader) + index
         settings = run.schedule.at(step, epoch)
         set_step(run.optimizer, settings)
-        images, targets = to_device(run, batch, epoch, index)
-        loss, parts = compute_loss(run, images, targets)
-        check_finite(loss, batch, epoch)
+        is_last = index == len(loader) - 1
+        # A GPU works on while nothing is read from it; what it did is looked at now and then.
+        looks = run.device.type == "cpu" or index % PROGRESS_BATCHES == 0 or is_last
+        images = to_device(run, batch, epoch, index)
+        loss, parts = compute_loss(run, images, batch.targets)
+        unread.append(("the loss", loss.detach(), batch.paths))
+        if looks:
+            check_finite(unread, epoch)
         # Processes average their gradients; the loss is a sum over the whole batch.
         run.scaler.scale(loss * devices.world_size()).backward()
         pending += 1
         # The last batch always steps, so that no gradient waits across a checkpoint.
-        if pending >= run.schedule.accumulation(step, run.options.batch_size) or (
-            index == len(loader) - 1
-        ):
-            optimizer_step(run, epoch)
+        if pending >= run.schedule.accumulation(step, run.options.batch_size) or is_last:
+            norm = clip_gradients(run)
+            if not run.scaler.is_enabled():  # a scaler leaves steps out that are not finite
+                unread.append(("a gradient", norm, batch.paths))
+            if looks:
+                check_finite(unread, epoch)
+            optimizer_step(run, epoch, norm)
             pending = 0
         sums += parts
         if run.penalty is not None:
             remember(run, index, batch)
-        if index % 10 == 0 or index == len(loader) - 1:
+        if index % PROGRESS_BATCHES == 0 or is_last:
             show_progress(bar, run, sums / (index + 1), settings.lr)
         if epoch == 0 and index < 3 and devices.rank() == 0:
             draw_data(run, loader, batch, index)
+    check_finite(unread, epoch)
     return devices.mean_over_ranks((sums / max(len(loader), 1)).tolist(), run.device)
 
 
@@ -781,10 +793,13 @@ def remember(run: Run, index: int, batch: Batch) -> None:
         run.seen.append(batch.images)
 
 
-def to_device(run: Run, batch: Batch, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-    """Images 0-1 `[B, 3, H, W]` and targets on the device; resized if `--multi-scale`."""
+def to_device(run: Run, batch: Batch, epoch: int, index: int) -> Tensor:
+    """Images 0-1 `[B, 3, H, W]` on the device, channels last; resized if `--multi-scale`."""
     images = batch.images.to(run.device, non_blocking=True)
-    images = images.to(memory_format=torch.channels_last).float() / 255
+    # Whole numbers up to 255 are exact in bfloat16, in which mixed precision computes anyway.
+    exact = run.precision == torch.bfloat16 and not run.options.multi_scale
+    images = images.to(run.precision if exact else torch.float32, memory_format=torch.channels_last)
+    images.div_(255)
     if run.options.multi_scale:
         rng = np.random.default_rng((run.options.seed, epoch, index))
         stride = run.model.max_stride
@@ -792,7 +807,7 @@ def to_device(run: Run, batch: Batch, epoch: int, index: int) -> tuple[Tensor, T
         factor = side / max(images.shape[2:])
         size = [max(round(length * factor / stride), 1) * stride for length in images.shape[2:]]
         images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-    return images, batch.targets.to(run.device, non_blocking=True)
+    return images
 
 
 def compute_loss(run: Run, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -809,26 +824,38 @@ def compute_loss(run: Run, images: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     return loss + distillation, torch.cat((parts, terms.sum(0, keepdim=True)))
 
 
-def check_finite(loss: Tensor, batch: Batch, epoch: int) -> None:
-    """Stop before a step that would spoil weights and average."""
-    if not torch.isfinite(loss):
-        files = ", ".join(batch.paths[:4])
-        raise FloatingPointError(
-            f"the loss is {loss.item()} in epoch {epoch} (batch with {files}, ...); "
-            + NOT_FINITE_HELP
-        )
+def check_finite(unread: list[Reading], epoch: int) -> None:
+    """Stop at the first of these figures that is not finite, and forget them; waits for the device.
+
+    Weights and average may have taken it in by then: they must not be saved.
+    """
+    values = torch.stack([value for _, value, _ in unread]).tolist() if unread else []
+    for value, (what, _, paths) in zip(values, unread, strict=True):
+        if not math.isfinite(value):
+            files = ", ".join(paths[:4])
+            raise FloatingPointError(
+                f"{what} is {value} in epoch {epoch} (batch with {files}, ...); {NOT_FINITE_HELP}"
+            )
+    unread.clear()
 
 
-def optimizer_step(run: Run, epoch: int) -> None:
-    """Unscale, clip, add the sparsity term, step, average.
+def clip_gradients(run: Run) -> Tensor:
+    """Unscale the gradients and shorten them to `MAX_GRADIENT_NORM`; returns their norm before."""
+    run.scaler.unscale_(run.optimizer)
+    return torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRADIENT_NORM)
+
+
+def optimizer_step(run: Run, epoch: int, norm: Tensor) -> None:
+    """Add the sparsity term, step, average.
 
     The term follows unscaling and clipping and comes once per step, so that the rate means the
     same with any precision, accumulation and gradient norm. Its proximal form follows the step.
+
+    Args:
+        run: with gradients as `clip_gradients` leaves them.
+        epoch: the current one.
+        norm: what `clip_gradients` gave.
     """
-    run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRADIENT_NORM)
-    if not run.scaler.is_enabled() and not torch.isfinite(norm):  # a scaler skips such steps
-        raise FloatingPointError(f"a gradient is {norm.item()} in epoch {epoch}; {NOT_FINITE_HELP}")
     if run.penalty is not None:
         run.penalty.before_step(epoch, norm)
     run.scaler.step(run.optimizer)

@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -255,7 +256,7 @@ def test_rate_means_the_same_with_loss_scaling_and_accumulation(tiny_spec, scale
     for _ in range(micro_batches):
         zero = sum((p * 0).sum() for p in run.model.parameters())
         run.scaler.scale(zero).backward()
-    train.optimizer_step(run, epoch=0)
+    train.optimizer_step(run, 0, train.clip_gradients(run))
     for name, norm in run.penalty.batchnorms.items():
         torch.testing.assert_close(norm.weight.detach(), before[name] - 0.1 * 0.01)
 
@@ -274,7 +275,7 @@ def take_steps_without_loss(run, micro_batches, lrs):
             run.scaler.scale(sum((p * 0).sum() for p in run.model.parameters())).backward()
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        train.optimizer_step(run, epoch)
+        train.optimizer_step(run, epoch, train.clip_gradients(run))
     return torch.cat([bn.weight.detach() for bn in run.penalty.batchnorms.values()])
 
 
@@ -315,7 +316,7 @@ def test_a_step_that_the_scaler_leaves_out_shrinks_nothing(tiny_spec):
     for parameter in run.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     run.model.model[0].conv.weight.grad[0] = float("inf")
-    train.optimizer_step(run, epoch=1)
+    train.optimizer_step(run, 1, train.clip_gradients(run))
     assert run.scaler.get_scale() == 65536 / 2  # it was left out
     after = torch.cat([bn.weight.detach() for bn in run.penalty.batchnorms.values()])
     assert torch.equal(before, after)
@@ -335,7 +336,7 @@ def train_in_two(rank, tiny_spec, folder, mode, rate):
     torch.manual_seed(rank)
     for _ in range(3):
         sum(logits.square().mean() for logits in network(torch.rand(2, 3, 64, 64))).backward()
-        train.optimizer_step(run, epoch=0)
+        train.optimizer_step(run, 0, train.clip_gradients(run))
     gammas = torch.cat([bn.weight.detach() for bn in run.penalty.batchnorms.values()])
     alone = take_steps_without_loss(build_proximal_run(tiny_spec), 1, LRS)
     state = run.penalty.state_dict()["noise"]
@@ -646,15 +647,31 @@ def test_resume_refuses_other_classes(base, tmp_path, tiny_dataset, monkeypatch)
         train.main(["--resume", str(tmp_path / "runs/exp/weights/last.pt")])
 
 
-def test_bad_gradient_stops_before_the_step(tiny_spec):
+def test_bad_gradient_stops_before_the_step(base, monkeypatch):
     """The loss can be finite where a gradient is not."""
-    run = build_step_run(tiny_spec, 1.0)
-    for parameter in run.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    run.model.model[0].conv.weight.grad[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="a gradient is nan in epoch 3"):
-        train.optimizer_step(run, epoch=3)
-    assert all(p.isfinite().all() for p in run.model.parameters())
+    kept = {}
+
+    def spoil(run):
+        kept.update(run=run, weight=run.model.model[0].conv.weight.detach().clone())
+        run.model.model[0].conv.weight.grad[0] = float("nan")
+        return clip(run)
+
+    clip = train.clip_gradients
+    monkeypatch.setattr(train, "clip_gradients", spoil)
+    with pytest.raises(FloatingPointError, match=r"a gradient is nan in epoch 0 .batch with .*jpg"):
+        train.main([*base, "--epochs", "1", "--amp", "off"])
+    torch.testing.assert_close(kept["run"].model.model[0].conv.weight, kept["weight"])
+
+
+def test_what_was_not_looked_at_is_found_later():
+    unread = [
+        ("the loss", torch.tensor(value), [f"{value}.jpg"]) for value in (1.0, math.inf, math.nan)
+    ]
+    with pytest.raises(FloatingPointError, match=r"the loss is inf in epoch 4 .batch with inf.jpg"):
+        train.check_finite(unread, 4)
+    del unread[1:]
+    train.check_finite(unread, 4)
+    assert unread == []
 
 
 def test_penalty_keeps_its_strength_beside_large_gradients(tiny_spec):
@@ -665,7 +682,7 @@ def test_penalty_keeps_its_strength_beside_large_gradients(tiny_spec):
     name, norm = next(iter(run.penalty.batchnorms.items()))
     num_values = sum(p.numel() for p in run.model.parameters())
     clipped = train.MAX_GRADIENT_NORM / num_values**0.5
-    train.optimizer_step(run, epoch=0)
+    train.optimizer_step(run, 0, train.clip_gradients(run))
     expected = torch.full_like(norm.weight, 1 - 0.1 * (clipped + 0.01))
     torch.testing.assert_close(norm.weight.detach(), expected, msg=name)
 

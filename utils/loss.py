@@ -53,9 +53,11 @@ def assign_targets(
     A box is answered for by every anchor whose sides differ from its own by less than the factor
     `anchor_threshold`, in the cell of its centre and in the nearer neighbour cell along each axis.
 
+    How many there are depends on the values, so this belongs on the CPU, where nothing has to wait.
+
     Args:
         targets: [T, 6] image, class, cx, cy, w, h, normalised to 0-1.
-        anchors_grid: [A, 2] width, height in grid units.
+        anchors_grid: [A, 2] width, height in grid units, on the device of the targets.
         grid_hw: cells of this level.
         anchor_threshold: `anchor_t` of the hyperparameters, above 1.
     """
@@ -84,13 +86,25 @@ def assign_targets(
     return Assignment(image, anchor, row, column, classes, boxes, anchors_grid[anchor])
 
 
+def _to_device(found: Assignment, device: torch.device) -> Assignment:
+    """Two transfers, which nothing waits for."""
+    if device == found.image.device:
+        return found
+    numbers, boxes = torch.stack(found[:5]), torch.cat(found[5:], 1)
+    if device.type == "cuda":
+        numbers, boxes = numbers.pin_memory(), boxes.pin_memory()
+    numbers, boxes = numbers.to(device, non_blocking=True), boxes.to(device, non_blocking=True)
+    image, anchor, row, column, classes = numbers
+    return Assignment(image, anchor, row, column, classes, boxes[:, :4], boxes[:, 4:])
+
+
 class DetectionLoss:
     """Box (CIoU), objectness and class (binary cross entropy) terms of a batch."""
 
     def __init__(self, anchors_grid: Tensor, settings: LossSettings) -> None:
-        """`anchors_grid`: [L, A, 2] width, height in grid units, on the device of the logits."""
+        """`anchors_grid`: [L, A, 2] width, height in grid units."""
         num_levels = len(anchors_grid)
-        self.anchors_grid = anchors_grid
+        self.anchors_grid = anchors_grid.cpu()
         self.settings = settings
         self.balance = LEVEL_BALANCE.get(num_levels, LEVEL_BALANCE_OTHER)
         if num_levels > len(self.balance):
@@ -101,16 +115,17 @@ class DetectionLoss:
 
         Args:
             logits: per level [B, A, H, W, 5+K].
-            targets: [T, 6] image, class, cx, cy, w, h, normalised to 0-1; T may be 0.
+            targets: [T, 6] image, class, cx, cy, w, h, normalised to 0-1; T may be 0. On the CPU,
+                or the device has to be waited for.
 
         Returns:
             The loss to minimise (scalar: sum of the terms times batch size), and the box,
             objectness and class terms with their factors (detached [3]).
         """
         settings = self.settings
+        targets = targets.cpu()
         box_terms, obj_terms, cls_terms = [], [], []
         for level, level_logits in enumerate(logits):
-            level_logits = level_logits.float()
             box, obj, cls = self._level_terms(level_logits, targets, self.anchors_grid[level])
             box_terms.append(box)
             obj_terms.append(obj * self.balance[level])
@@ -131,12 +146,12 @@ class DetectionLoss:
         found = assign_targets(
             targets, anchors_grid, (logits.shape[2], logits.shape[3]), self.settings.anchor_t
         )
-        objectness = logits.new_zeros(logits.shape[:4])
-        # Zero terms keep a graph, so that a batch without boxes trains the objectness alone.
-        box_term = cls_term = logits.sum() * 0
+        objectness = torch.zeros(logits.shape[:4], device=logits.device)
+        box_term = cls_term = objectness.new_zeros(())
         if len(found.image):
+            found = _to_device(found, logits.device)
             cells = (found.image, found.anchor, found.row, found.column)
-            answers = logits[cells]  # [N, 5+K]
+            answers = logits[cells].float()  # [N, 5+K]
             centres = answers[:, 0:2].sigmoid() * 2 - 0.5
             sizes = (answers[:, 2:4].sigmoid() * 2) ** 2 * found.anchors_grid
             iou = paired_iou(torch.cat((centres, sizes), 1), found.boxes_cxcywh, kind="ciou")
@@ -148,7 +163,7 @@ class DetectionLoss:
             objectness.view(-1).scatter_reduce_(0, cell * width + found.column, quality, "amax")
             if answers.shape[1] > 6:  # one class needs no class term
                 cls_term = self._class_term(answers[:, 5:], found.classes)
-        obj_term = self._cross_entropy(logits[..., 4], objectness, self.settings.obj_pw)
+        obj_term = self._cross_entropy(logits[..., 4].float(), objectness, self.settings.obj_pw)
         return box_term, obj_term, cls_term
 
     def _class_term(self, logits: Tensor, classes: Tensor) -> Tensor:
@@ -163,7 +178,7 @@ class DetectionLoss:
         Reference: Lin et al. 2017, Focal Loss, arXiv:1708.02002, eq. 5; soft labels as linear
         mixtures of the two cases.
         """
-        weight = logits.new_tensor(positive_weight) if positive_weight != 1 else None
+        weight = logits.new_full((), positive_weight) if positive_weight != 1 else None
         gamma = self.settings.fl_gamma
         if gamma == 0:
             return F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weight)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.choices import NOMINAL_BATCH, OPTIMIZERS
 
@@ -138,21 +138,30 @@ class ModelEma:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.tau = decay, tau
         self.updates = 0
+        self._source: nn.Module | None = None  # whose tensors are paired with the own ones below
+        self._averaged: list[Tensor] = []
+        self._latest: list[Tensor] = []
+        self._counts: list[tuple[Tensor, Tensor]] = []  # whole numbers are taken over
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the weights after an optimizer step."""
+        """Take in the weights after an optimizer step; they must stay where they were at first."""
         self.updates += 1
         share = 1 - self.decay * (1 - math.exp(-self.updates / self.tau))
-        current = model.state_dict()
-        averaged, latest = [], []
-        for name, value in self.model.state_dict().items():
-            if value.is_floating_point():
-                averaged.append(value)
-                latest.append(current[name].detach())
-            else:
-                value.copy_(current[name])
-        torch._foreach_lerp_(averaged, latest, share)
+        if self._source is not model:
+            self._pair_tensors(model)
+        torch._foreach_lerp_(self._averaged, self._latest, share)
+        for mine, theirs in self._counts:
+            mine.copy_(theirs)
+
+    def _pair_tensors(self, model: nn.Module) -> None:
+        """Find what belongs together, once: walking through the modules is the slower part."""
+        self._source = model
+        latest = model.state_dict()
+        pairs = [(mine, latest[name]) for name, mine in self.model.state_dict().items()]
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._averaged, self._latest = (list(column) for column in zip(*floats, strict=True))
+        self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and number of updates."""
