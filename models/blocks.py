@@ -7,6 +7,7 @@ numbers. Tensors are `[B, C, H, W]`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Conv(nn.Module):
         padding = kernel // 2 if padding is None else padding
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=BN_EPS, momentum=BN_MOMENTUM)
-        self.act = ACTIVATIONS[activation]()
+        self.act: Any = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, in_channels, H, W]` to `[B, out_channels, H', W']`."""
@@ -55,6 +56,8 @@ class Conv(nn.Module):
             # Folding reads the running statistics, which is what eval mode stands for.
             self.conv = fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
             self.add_module("bn", nn.Identity())
+            if hasattr(self.act, "inplace"):
+                self.act.inplace = True  # nothing else reads what the convolution gives
 
 
 class Bottleneck(nn.Module):

@@ -11,6 +11,7 @@ from utils.checkpoint import load_detector
 from utils.config import load_dataset_spec
 from utils.dataset import Batch, DetectionDataset, build_loader, scan_split
 from utils.evaluate import evaluate
+from utils.loss import DetectionLoss, LossSettings
 
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "fox")
@@ -177,6 +178,23 @@ def test_real_network_and_loader(tiny_spec, tiny_split, tiny_dataset):
     assert first.num_labels == tiny_dataset.num_boxes
     assert first.map50 == pytest.approx(second.map50, abs=1e-6)
     assert first.confusion.matrix.sum() >= tiny_dataset.num_boxes
+
+
+def test_a_cpu_takes_a_batch_in_parts(tiny_spec, tiny_split, tiny_dataset, monkeypatch):
+    torch.manual_seed(0)
+    model = Model(ModelSpec.from_dict(tiny_spec))
+    loss_fn = DetectionLoss(model.head.anchors, LossSettings(box=0.05, obj=1, cls=0.5))
+    loader = build_loader(DetectionDataset(tiny_split, 96, stride=16), 4)
+    results, seen = [], []
+    for pixels in (96 * 96 * 4, 96 * 96 * 3, 1):
+        monkeypatch.setattr("utils.evaluate.CPU_CHUNK_PIXELS", pixels)
+        hook = model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        results.append(run(model, loader, tiny_dataset.names, loss_fn=loss_fn))
+        hook.remove()
+    assert seen == [4, 3, 1, 1, 1, 1, 1]
+    for result in results[1:]:
+        assert result.map50 == pytest.approx(results[0].map50, abs=1e-6)
+        assert result.losses == pytest.approx(results[0].losses, rel=1e-5)
 
 
 def coco128_results(shared_dir, imgsz):

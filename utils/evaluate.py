@@ -32,6 +32,9 @@ from utils.profile import synchronize
 
 LOGGER = logging.getLogger(__name__)
 
+# Measured on two cores, YOLOv5n: 32 images of 640 x 480 take 27.8 ms each at once, 20.6 by eights.
+CPU_CHUNK_PIXELS = 8 * 640 * 480
+
 LossFunction = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
 BatchHook = Callable[[Batch, list[Tensor]], None]
 
@@ -201,13 +204,13 @@ def evaluate(
         for batch in tqdm(loader, desc="evaluate", leave=False, disable=None if progress else True):
             watch.start()
             images = batch.images.to(device, non_blocking=True)
-            images = images.to(precision, memory_format=torch.channels_last) / 255
+            images = images.to(precision, memory_format=torch.channels_last).div_(255)
             watch.lap(0)
-            predictions, logits = network(images)
+            predictions, logits = _forward(network, images)
             watch.lap(1)
             _check_num_classes(predictions.shape[2] - 5, names, single_cls)
             if loss_fn is not None:
-                parts = loss_fn([y.float() for y in logits], batch.targets.to(device))[1]
+                parts = loss_fn(logits, batch.targets)[1]
                 loss_sum += parts * len(images)
                 watch.start()
             detections = non_max_suppression(
@@ -236,6 +239,16 @@ def evaluate(
     return _summarise(tally, watch, names, losses)
 
 
+def _forward(network: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Predictions and logits of a batch; on a CPU in parts whose layers its cache holds."""
+    pixels = images.shape[2] * images.shape[3]
+    size = max(CPU_CHUNK_PIXELS // pixels, 1) if images.device.type == "cpu" else len(images)
+    if len(images) <= size:
+        return network(images)
+    predictions, logits = zip(*map(network, images.split(size)), strict=True)
+    return torch.cat(predictions), [torch.cat(level) for level in zip(*logits, strict=True)]
+
+
 def _warm_up(network: nn.Module, device: torch.device, precision: torch.dtype) -> None:
     """Let an accelerator select its kernels before the clock runs."""
     if device.type != "cpu":
@@ -251,9 +264,10 @@ def _check_num_classes(num_classes: int, names: tuple[str, ...], single_cls: boo
 
 
 def _in_original_pixels(detections: list[Tensor], batch: Batch, single_cls: bool) -> list[Tensor]:
+    """Per image [M, 6] on the CPU, all in one transfer."""
+    rows_per_image = torch.cat(detections).cpu().split([len(rows) for rows in detections])
     mapped = []
-    for image_detections, letterbox in zip(detections, batch.letterboxes, strict=True):
-        rows = image_detections.cpu()
+    for rows, letterbox in zip(rows_per_image, batch.letterboxes, strict=True):
         cls = torch.zeros_like(rows[:, 5:]) if single_cls else rows[:, 5:]
         mapped.append(torch.cat((to_original(rows[:, :4], letterbox), rows[:, 4:5], cls), 1))
     return mapped
