@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -47,8 +48,8 @@ def non_max_suppression(
         if not 0 <= value <= 1:
             raise ValueError(f"{name} {value} lies outside 0 to 1")
     multi_label = multi_label and predictions.shape[2] > 6  # one class: both ways are the same
-    detections = []
-    for image_predictions in predictions:
+
+    def detect(image_predictions: Tensor) -> Tensor:
         boxes_xyxy, conf, cls = _candidates(image_predictions, conf_thres, multi_label)
         if classes is not None:
             wanted = torch.isin(cls, torch.as_tensor(classes, device=cls.device, dtype=cls.dtype))
@@ -58,9 +59,14 @@ def non_max_suppression(
             boxes_xyxy, cls = boxes_xyxy[strongest], cls[strongest]
         groups = torch.zeros_like(cls) if agnostic else cls
         keep_idx = _suppress(boxes_xyxy, conf, groups, iou_thres)[:max_det]
-        rows = (boxes_xyxy[keep_idx], conf[keep_idx, None], cls[keep_idx, None].float())
-        detections.append(torch.cat(rows, 1))
-    return detections
+        return torch.cat((boxes_xyxy[keep_idx], conf[keep_idx, None], cls[keep_idx, None]), 1)
+
+    if predictions.device.type != "cpu" or len(predictions) == 1:
+        return [detect(image_predictions) for image_predictions in predictions]
+    # The suppression of an image keeps one core busy, and lets go of Python meanwhile. Whether
+    # gradients are recorded is up to each thread.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(torch.no_grad()(detect), predictions))
 
 
 def _candidates(
