@@ -17,7 +17,7 @@ MODES = ("subgradient", "proximal")
 # of the run, then linearly to 0 after nine tenths of it, so that the gammas that stay recover; the
 # betas are pulled throughout.
 SCHEDULES = ("linear", "hold")
-DEFAULT_COST_POWER = 0.5  # of train.py; why: benchmarks/slimming.md
+DEFAULT_COST_POWER = 0.25  # of train.py; why: benchmarks/slimming.md
 
 IMPORTANCES = ("gamma", "error", "error-per-cost")
 DEFAULT_IMPORTANCE = "error-per-cost"
