@@ -81,7 +81,9 @@ from utils.distill import (
 )
 from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, evaluate
+from utils.evolve import Score, evolve
 from utils.loss import DetectionLoss, LossSettings
+from utils.metrics import fitness
 from utils.optim import (
     ModelEma,
     Schedule,
@@ -105,7 +107,7 @@ from utils.pruning.slimming import (
     prunable_batchnorms,
 )
 from utils.pruning.verdict import describe_readiness, measure_readiness
-from utils.run_dir import ResultsCsv, new_run_dir, save_options
+from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
 
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("train")
@@ -129,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one training from its options to its final files."""
     options, given = parse_args(argv, __doc__)
     start_logging()
+    if options.evolve:
+        return search_hyperparameters(options, given, sys.argv[1:] if argv is None else argv)
     resumed = find_resumed(options, given)
     options = resumed.options if resumed else options
     device = devices.select_device(options.device)
@@ -185,6 +189,40 @@ def start_logging() -> None:
     """The first process speaks; the others only when something breaks."""
     level = logging.INFO if devices.rank() == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
+
+
+def search_hyperparameters(
+    options: argparse.Namespace, given: set[str], argv: Sequence[str]
+) -> None:
+    """`--evolve`: many trainings, each a process of its own with the same flags."""
+    seed_hyp = load_hyperparameters(find_config(options.hyp, ["data/hyps"], ROOT))
+    folder = new_run_dir(options.project, options.name, options.exist_ok)
+    flags = [*argv, "--evolve", "0", "--project", str(folder), "--name", "generation", "--exist-ok"]
+    # One validation at the end is enough, unless the training itself needs them.
+    flags += ["--nosave"] if {"image_weights", "patience"} & given else ["--nosave", "--noval"]
+
+    def train_once(hyp: Hyperparameters, number: int) -> Score:
+        path = folder / "hyp.yaml"
+        save_options(path, hyp.to_dict())
+        command = [sys.executable, str(Path(__file__)), *flags, "--hyp", str(path)]
+        if subprocess.call(command):
+            if number == 0:
+                raise SystemExit("the search has not begun: its first training failed, see above")
+            LOGGER.warning("warning: generation %d failed and counts as fitness 0", number + 1)
+            return Score(0.0, 0.0, 0.0)
+        results = read_results(folder / "generation/results.csv")
+        pairs = zip(results["metrics/mAP_0.5"], results["metrics/mAP_0.5:0.95"], strict=True)
+        return max(Score(fitness(*pair), *pair) for pair in pairs if not math.isnan(pair[0]))
+
+    again = f"the same command with --name {folder.name} --exist-ok goes on"
+    try:
+        best = evolve(folder, seed_hyp, options.evolve, train_once, options.seed)
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted; {again}") from None
+    LOGGER.info(
+        "the best of %d generations is number %d, fitness %.4f: %s; %s, with more generations",
+        options.evolve, best.number + 1, best.score.fitness, folder / "hyp_evolved.yaml", again,
+    )  # fmt: skip
 
 
 class Resumed(NamedTuple):

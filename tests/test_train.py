@@ -17,6 +17,8 @@ import train
 from models import Model, ModelSpec
 from utils import plots
 from utils.checkpoint import build_checkpoint, load_checkpoint, load_detector, save_checkpoint
+from utils.config import load_hyperparameters
+from utils.evolve import read_history
 from utils.loss import DetectionLoss
 from utils.optim import build_optimizer
 from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorms
@@ -813,3 +815,27 @@ def test_dense_weights_with_the_flag_are_refused(base, tiny_spec, tmp_path):
     save_checkpoint(path, content)
     with pytest.raises(ValueError, match="not a pruned model"):
         train.main([*base, "--weights", str(path), "--ft_pruned_model"])
+
+
+@pytest.mark.slow
+def test_evolve_trains_keeps_score_and_goes_on(base, tmp_path, caplog):
+    caplog.set_level("INFO")
+    command = [*base, "--epochs", "1", "--name", "search", "--evolve"]
+    train.main([*command, "1"])
+    folder = tmp_path / "runs/search"
+    first = read_history(folder / "evolve.csv")
+    train.main([*command, "2", "--exist-ok"])
+    history = read_history(folder / "evolve.csv")
+    assert [generation.number for generation in history] == [0, 1]
+    assert history[:1] == first
+    assert history[1].hyp != first[0].hyp
+    best = max(history, key=lambda generation: generation.score.fitness)
+    assert load_hyperparameters(folder / "hyp_evolved.yaml") == best.hyp
+    assert list((folder / "generation/weights").iterdir())
+    assert "generation 2 of 2: fitness" in caplog.text
+
+
+def test_evolve_stops_where_nothing_can_be_trained(base, capfd):
+    with pytest.raises(SystemExit, match="its first training failed, see above"):
+        train.main([*base, "--epochs", "1", "--evolve", "2", "--weights", "nowhere.pt"])
+    assert "nowhere.pt" in capfd.readouterr().err

@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LEAST_VALUES = {
     **dict.fromkeys(("epochs", "batch_size", "nominal_batch"), 1),
-    **dict.fromkeys(("workers", "patience", "sparsity_rate", "distill_gain", "seed", "freeze"), 0),
+    **dict.fromkeys(("workers", "patience", "sparsity_rate", "distill_gain"), 0),
+    **dict.fromkeys(("seed", "freeze", "evolve"), 0),
     "imgsz": 32,
 }
 # A flag that does nothing without another.
@@ -85,6 +86,14 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     group.add_argument("--image-weights", action="store_true", help="draw hard classes more often")
     group.add_argument("--noautoanchor", action="store_true", help="keep the anchors as they are")
     group.add_argument("--seed", type=int, default=0)
+    group.add_argument(
+        "--evolve",
+        type=int,
+        default=0,
+        metavar="N",
+        help="search better hyperparameters than --hyp in N trainings, one after the other; with "
+        "--name and --exist-ok of an earlier search it goes on",
+    )
     group = parser.add_argument_group("slimming")
     group.add_argument(
         "--bn_sparsity", "--bn-sparsity", action="store_true", help="L1 penalty on BN gammas"
