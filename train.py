@@ -28,7 +28,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +108,7 @@ from utils.pruning.slimming import (
 )
 from utils.pruning.verdict import describe_readiness, measure_readiness
 from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
+from utils.tensorboard import Board
 
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("train")
@@ -477,6 +478,9 @@ def open_results(run: Run, train_split: Split, val_split: Split) -> ResultsCsv |
     """`results.csv`, new or continued, after saying what is about to happen."""
     if devices.rank() != 0:
         return None
+    if run.options.tensorboard:
+        run.board = Board(run.dir, run.first_epoch)
+        run.board.add_graph(copy.deepcopy(run.ema.model).float(), run.imgsz)
     run.log_start(train_split, val_split)
     resume_epoch = run.first_epoch or None
     return ResultsCsv(run.dir / "results.csv", resume_epoch=resume_epoch)
@@ -570,6 +574,7 @@ class Run:
     teacher: Model | None = None
     distillation: DistillationLoss | None = None  # there if the teacher is
     seen: list[Tensor] = dataclasses.field(default_factory=list)  # images for the verdict
+    board: Board | None = None  # TensorBoard
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -954,9 +959,21 @@ def log_epoch(
         if epoch % GAMMA_PICTURE_EPOCHS == 0:
             plot_gammas(run)
     results.append(epoch, row)
+    if run.board is not None:
+        show_on_board(run, run.board, epoch, row)
     LOGGER.info(line)
     if run.penalty is not None and epoch == run.first_epoch:
         log_forecast(run, run.penalty, epoch + 1)
+
+
+def show_on_board(run: Run, board: Board, epoch: int, row: Mapping[str, float]) -> None:
+    """The row of an epoch, the gammas, and after the first epoch what the network sees."""
+    board.add_figures(row, epoch)
+    if run.penalty is not None:
+        batchnorms = prunable_batchnorms(run.ema.model, run.penalty.shortcut)
+        board.add_gammas({path: bn.weight for path, bn in batchnorms.items()}, epoch)
+    if epoch == run.first_epoch:
+        board.add_pictures(sorted(run.dir.glob("*.jpg")), epoch)
 
 
 def is_verdict_due(options: argparse.Namespace, epoch: int, is_last: bool) -> bool:
@@ -1083,6 +1100,9 @@ def finish(run: Run, seconds: float) -> None:
     draw(plot_results, run.dir / "results.csv", run.dir / "results.png")
     if run.gammas:
         plot_gammas(run)
+    if run.board is not None:
+        run.board.add_pictures(sorted(run.dir.glob("*.png")), run.options.epochs)
+        run.board.close()
     LOGGER.info("%.1f minutes; results in %s", seconds / 60, run.dir)
     for path in (best, last):
         if path.is_file():

@@ -839,3 +839,26 @@ def test_evolve_stops_where_nothing_can_be_trained(base, capfd):
     with pytest.raises(SystemExit, match="its first training failed, see above"):
         train.main([*base, "--epochs", "1", "--evolve", "2", "--weights", "nowhere.pt"])
     assert "nowhere.pt" in capfd.readouterr().err
+
+
+def test_tensorboard_shows_figures_gammas_pictures_and_the_graph(base, tmp_path, draws):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train.main([*base, "--epochs", "2", "--tensorboard", "--bn_sparsity"])
+    events = reader.EventAccumulator(str(tmp_path / "runs/exp"), {"images": 0, "histograms": 0})
+    events.Reload()
+    rows = results_of(tmp_path / "runs/exp")
+    for tag in ("train/box_loss", "metrics/mAP_0.5", "sparsity_rate"):
+        shown = [scalar.value for scalar in events.Scalars(tag)]
+        assert shown == pytest.approx([float(row[tag]) for row in rows], rel=1e-4)
+    assert events.Graph().node
+    tags = events.Tags()
+    assert {"labels", "train_batch0", "results", "bn_gamma"} <= set(tags["images"])
+    model = load_detector(tmp_path / "runs/exp/weights/last.pt").model
+    layers = {f"abs_gamma/{path}" for path in prunable_batchnorms(model)}
+    assert set(tags["histograms"]) == layers
+
+
+def test_a_missing_tensorboard_is_said_before_the_training(base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        train.main([*base, "--epochs", "1", "--tensorboard"])

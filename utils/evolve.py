@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -129,7 +129,7 @@ def mutate(history: Sequence[Generation], rng: np.random.Generator) -> Hyperpara
     fitness = np.array([generation.score.fitness for generation in ranked])
     weights = fitness - fitness.min() + 1e-3
     parent = ranked[rng.choice(len(ranked), p=weights / weights.sum())].hyp
-    changes = {}
+    changes: dict[str, Any] = {}
     for name, (low, high) in SEARCH_BOUNDS.items():
         value = getattr(parent, name)
         is_chosen, factor, is_woken = rng.random(), rng.normal(0, NOISE), rng.random()

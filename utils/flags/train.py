@@ -163,6 +163,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     group.add_argument("--project", default=str(ROOT / "runs/train"), help="parent folder")
     group.add_argument("--name", default="exp", help="folder name; a number is added")
     group.add_argument("--exist-ok", action="store_true", help="write into an existing folder")
+    group.add_argument("--tensorboard", action="store_true", help="event files beside the others")
     group.add_argument("--save-period", type=int, default=-1, help="keep every Nth epoch")
     group.add_argument("--nosave", action="store_true", help="write only the last checkpoint")
     group.add_argument("--noval", action="store_true", help="validate only the last epoch")
