@@ -1,6 +1,7 @@
 """What README and docs tell people to type is understood, and leads to files that are there."""
 
 import importlib
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_command_is_understood(text):
     parser = importlib.import_module(f"utils.flags.{script.stem}")
     parser.parse_args(words[1:])
     for flag, folder in (("--hyp", "data/hyps"), ("--data", "data"), ("--cfg", "models")):
-        for value in (v for f, v in zip(words, words[1:], strict=False) if f == flag):
+        for value in (v for f, v in itertools.pairwise(words) if f == flag):
             if "/" not in value:
                 assert (ROOT / folder / value).is_file()
 
