@@ -45,7 +45,7 @@ from utils.checkpoint import Detector, build_checkpoint, load_detector, save_fin
 from utils.command import run_command
 from utils.config import Hyperparameters, find_config, load_yaml
 from utils.dataset import round_imgsz
-from utils.device import describe_device, loader_processes, select_device
+from utils.device import count_loader_processes, describe_device, select_device
 from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, check_class_names
 from utils.flags.checks import flag_of
@@ -108,7 +108,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv, __doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     device = select_device(options.device)
-    options.workers = loader_processes(options.workers, device)
     with collect_warnings() as warnings:
         if options.dry_run:
             prune(options, device, None, warnings)
@@ -320,7 +319,7 @@ def open_trials(
         conf_thres=options.conf_thres,
         iou_thres=options.iou_thres,
         single_cls=options.single_cls,
-        workers=options.workers,
+        workers=count_loader_processes(options.workers, device),
         keeps_scan=not options.dry_run,
     )
     trials = Trials(

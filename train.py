@@ -116,8 +116,8 @@ LOGGER = logging.getLogger("train")
 LOSS_NAMES = ("box", "obj", "cls")
 MAX_GRADIENT_NORM = 10.0
 NOT_FINITE_HELP = (
-    "the last checkpoint is good; lower lr0 in the hyperparameters or --sparsity_rate, or try "
-    "--amp off"
+    "what was saved after earlier epochs is good; lower lr0 in the hyperparameters or "
+    "--sparsity_rate, or try --amp off"
 )
 PROGRESS_BATCHES = 10  # between two looks at what the device has computed
 GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
@@ -137,7 +137,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     resumed = find_resumed(options, given)
     options = resumed.options if resumed else options
     device = devices.select_device(options.device)
-    options.workers = devices.loader_processes(options.workers, device)
     if len(gpu_indices(options.device)) > devices.world_size() == 1:
         find_inputs(options, resumed)  # complain, or download, once and before the others start
         return launch_processes(options, argv)
@@ -496,6 +495,8 @@ def build_loaders(
 ) -> tuple[Loader, Loader]:
     """Augmented training batches of this process, and plain validation batches."""
     share = options.batch_size // devices.world_size()
+    device = devices.select_device(options.device)
+    workers = devices.count_loader_processes(options.workers, device)
     train_set = DetectionDataset(
         train_split,
         imgsz,
@@ -521,13 +522,13 @@ def build_loaders(
     train_loader = build_loader(
         train_set,
         share,
-        workers=options.workers,
+        workers=workers,
         shuffle=True,
         seed=options.seed,
         rank=devices.rank(),
         world_size=devices.world_size(),
     )
-    val_loader = build_loader(val_set, share * 2, workers=options.workers, shuffle=False, seed=0)
+    val_loader = build_loader(val_set, share * 2, workers=workers, shuffle=False, seed=0)
     return train_loader, val_loader
 
 
@@ -740,6 +741,7 @@ def add_teacher(run: Run, teacher: Model | None) -> None:
 def restore_run(run: Run, state: dict[str, Any]) -> None:
     """Continue from the training part of a checkpoint."""
     run.model.load_state_dict(state["model"])
+    run.loss = DetectionLoss(run.model.head.anchors, run.loss.settings)  # it keeps a copy of them
     run.ema.load_state_dict(state["ema"])
     is_fused = [group["fused"] for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(state["optimizer"])
@@ -815,7 +817,6 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
             show_progress(bar, run, sums / (index + 1), settings.lr)
         if epoch == 0 and index < 3 and devices.rank() == 0:
             draw_data(run, loader, batch, index)
-    check_finite(unread, epoch)
     return devices.mean_over_ranks((sums / max(len(loader), 1)).tolist(), run.device)
 
 

@@ -54,7 +54,7 @@ from utils.dataset import (
     round_imgsz,
     scan_split,
 )
-from utils.device import describe_device, loader_processes, select_device
+from utils.device import count_loader_processes, describe_device, select_device
 from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, check_class_names, evaluate
 from utils.plots import (
@@ -79,7 +79,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv, __doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     device = select_device(options.device)
-    options.workers = loader_processes(options.workers, device)
     precision = select_precision(options.half, device)
     LOGGER.info("device %s, %s", describe_device(device), str(precision).removeprefix("torch."))
     data = load_data(options)
@@ -164,7 +163,8 @@ def build_rect_loader(split: Split, imgsz: int, stride: int, options: argparse.N
     dataset = DetectionDataset(
         split, imgsz, rect=True, batch_size=options.batch_size, stride=stride, pad=RECT_PAD
     )
-    return build_loader(dataset, options.batch_size, workers=options.workers)
+    workers = count_loader_processes(options.workers, select_device(options.device))
+    return build_loader(dataset, options.batch_size, workers=workers)
 
 
 class BatchSaver:

@@ -64,13 +64,13 @@ def build_parser(description: str | None, **defaults: Any) -> argparse.ArgumentP
     return parser
 
 
-def given_flags(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
+def format_flags(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
     """The command line of these options, but for those that are None."""
     values = [(f"--{name}", getattr(options, name)) for name in names]
     return [word for flag, value in values if value is not None for word in (flag, str(value))]
 
 
-def plain_workers(options: argparse.Namespace) -> int:
+def count_plain_workers(options: argparse.Namespace) -> int:
     """Loader processes of the baseline: as textbooks have it, two."""
     return 2 if options.workers is None else options.workers
 

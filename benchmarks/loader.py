@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = open_dataset(options.data)
     split = scan_split(data.train, data.names)
     sections = []
-    for workers in sorted({0, harness.plain_workers(options)}, reverse=True):
+    for workers in sorted({0, harness.count_plain_workers(options)}, reverse=True):
         if not workers:
             harness.use_one_core()
         variants = {

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = harness.copy_dataset(spec, Path(folder, "data"), options.batch)
         scan_split(open_dataset(data).train, spec.names)
         flags = ["--data", str(data), "--epochs", "1", "--project", folder]
-        flags += harness.given_flags(options, ("weights", "img", "batch", "workers", "device"))
+        flags += harness.format_flags(options, ("weights", "img", "batch", "workers", "device"))
         variants["train.py to its first step"] = functools.partial(first_step, flags, environment)
         times = harness.take_turns(variants, options.repeats, select_device("cpu"))
     ratios = harness.speed_ups(times)

@@ -25,7 +25,7 @@ from benchmarks import harness, plain
 from models import Model
 from utils.command import run_command
 from utils.dataset import Batch, Loader, round_imgsz
-from utils.device import loader_processes, select_device, select_precision
+from utils.device import select_device, select_precision
 
 NUM_BATCHES = 4  # in memory, for the step alone
 
@@ -95,8 +95,7 @@ def _prepare(
     """Options of train.py, what it finds, and a network with the image size that suits it."""
     argv = ["--cfg", f"yolov5{size}.yaml", "--nominal-batch", str(options.batch)]
     names = ("data", "weights", "hyp", "img", "batch", "optimizer", "workers", "device")
-    flags, _ = train.parse_args([*argv, *harness.given_flags(options, names)])
-    flags.workers = loader_processes(flags.workers, select_device(flags.device))
+    flags, _ = train.parse_args([*argv, *harness.format_flags(options, names)])
     inputs = train.find_inputs(flags, None)
     torch.manual_seed(0)
     model = train.build_network(inputs, flags)
@@ -126,7 +125,7 @@ def build_plain(
     flags, inputs, device, model, imgsz = _prepare(options, size)
     split, _ = train.scan_splits(inputs.data, flags)
     dataset = plain.PlainDataset(split, imgsz, inputs.hyp)
-    loader = plain.build_loader(dataset, options.batch, harness.plain_workers(options))
+    loader = plain.build_loader(dataset, options.batch, harness.count_plain_workers(options))
     settings = train.loss_settings(inputs.hyp, model, imgsz)
     return plain.PlainTraining(model, settings, inputs.hyp, options.optimizer, device), loader
 

@@ -21,7 +21,7 @@ from models import Model
 from utils.checkpoint import load_detector, transfer_weights
 from utils.command import run_command
 from utils.dataset import round_imgsz, scan_split
-from utils.device import loader_processes, select_device
+from utils.device import select_device
 from utils.downloads import find_weights, open_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_network(options.weights, data.num_classes).to(device)
     imgsz = round_imgsz(options.img, model.max_stride)
 
-    val_options = val.parse_args(harness.given_flags(options, ("batch", "workers", "device")))
-    val_options.workers = loader_processes(val_options.workers, device)
+    val_options = val.parse_args(harness.format_flags(options, ("batch", "workers", "device")))
     precision = val.select_precision(val_options.half, device)
     our_loader = val.build_rect_loader(split, imgsz, model.max_stride, val_options)
     plain_set = plain.PlainDataset(split, imgsz, None, options.batch, model.max_stride)
-    plain_loader = plain.build_loader(plain_set, options.batch, harness.plain_workers(options))
+    plain_loader = plain.build_loader(
+        plain_set, options.batch, harness.count_plain_workers(options)
+    )
     scores: dict[str, plain.Score] = {}
 
     def run_plain() -> None:

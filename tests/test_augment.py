@@ -17,6 +17,7 @@ from utils.augment import (
     copy_paste,
     draw_mosaic_centre,
     draw_warp,
+    find_visible_tiles,
     flip_left_right,
     flip_up_down,
     jitter_hsv,
@@ -26,7 +27,6 @@ from utils.augment import (
     mosaic,
     resize_long_side,
     snap,
-    visible_tiles,
     warp,
 )
 from utils.config import load_hyperparameters
@@ -255,7 +255,7 @@ def test_tiles_that_are_said_to_be_out_of_sight_change_nothing(strengths):
         tiles = [painted(96, 64, [(0, 0, 64, 96), (10, 10, 60, 40)]), painted(64, 96, [])] * 2
         centre = draw_mosaic_centre(96, rng)
         matrix = draw_warp((192, 192), (96, 80), hyp, rng)
-        shown = visible_tiles(centre, 96, matrix, (96, 80))
+        shown = find_visible_tiles(centre, 96, matrix, (96, 80))
         num_left_out += shown.count(False)
         seen = [tile if show else None for tile, show in zip(tiles, shown, strict=True)]
         whole, part = (warp(mosaic(t, 96, centre), matrix, (96, 80)) for t in (tiles, seen))
@@ -303,6 +303,24 @@ def test_each_image_of_a_mosaic_is_warped_to_where_the_painted_canvas_has_it(
     assert far_from_seams.mean() > 0.3
     assert np.abs(ours - painted_first)[far_from_seams].max() <= 6
     assert np.abs(ours - painted_first)[far_from_seams].mean() < 0.5
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_scaling_from_the_corner_equals_warping(seed, monkeypatch):
+    """Also where OpenCV would copy instead of scaling by a little."""
+    rng = np.random.default_rng(seed)
+    hyp = dataclasses.replace(STILL, scale=(0.9, 0.05, 0.5)[seed % 3], translate=0.3)
+    tiles = []
+    for height, width in rng.integers(1, 65, (4, 2)).tolist():
+        ramp = np.add.outer(np.arange(height) * 2, np.arange(width))  # linear: no seam hides
+        image = np.stack([ramp, 2 * ramp, 255 - ramp], 2).clip(0, 255).astype(np.uint8)
+        tiles.append(Sample(image, np.zeros((0, 5), np.float32), []))
+    collage = mosaic(tiles, 64, draw_mosaic_centre(64, rng))
+    matrix = snap(draw_warp(collage.hw, (64, 96), hyp, rng), collage.centre_xy)
+    fast = warp(collage, matrix, (64, 96)).image.astype(int)
+    monkeypatch.setattr("utils.augment._scale_from_corner", lambda *_: False)
+    slow = warp(collage, matrix, (64, 96)).image.astype(int)
+    assert np.abs(fast - slow).max() <= 3
 
 
 def test_identity_warp_is_exact():

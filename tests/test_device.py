@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.device import loader_processes, memory_text, select_device, select_precision
+from utils.device import count_loader_processes, memory_text, select_device, select_precision
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -43,4 +43,4 @@ def test_precision():
     [(None, "cpu", 0), (None, "cuda:0", 8), (3, "cpu", 3), (0, "cuda:0", 0)],
 )
 def test_processes_load_images_where_the_cpu_has_nothing_else_to_do(requested, device, expected):
-    assert loader_processes(requested, torch.device(device)) == expected
+    assert count_loader_processes(requested, torch.device(device)) == expected

@@ -159,4 +159,4 @@ def test_reduced_images_of_odd_sizes_are_cached(tmp_path, hw):
     dataset = DetectionDataset(split, 64, hyp=LOW, cache="ram")
     assert dataset._cache.filled.all()
     long_side = max(hw)
-    assert dataset._load(0).shape == (*(round(side * 64 / long_side) for side in hw), 3)
+    assert dataset._load(0, {}).shape == (*(round(side * 64 / long_side) for side in hw), 3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils.checkpoint import load_detector
-from utils.loss import DetectionLoss, LossSettings, assign_targets
+from utils.loss import DetectionLoss, LossSettings, assign_targets, pack, unpack
 
 SETTINGS = LossSettings(box=0.05, obj=1.0, cls=0.5)
 
@@ -91,6 +91,14 @@ def test_assignment_equals_a_slow_loop(grid_hw):
     scale = torch.tensor([grid_hw[1], grid_hw[0]])
     centres = found.boxes_cxcywh[:, :2] + torch.stack((found.column, found.row), 1)
     torch.testing.assert_close(centres, targets[found.classes, 2:4] * scale)
+
+
+def test_what_is_sent_to_a_device_arrives_as_it_was():
+    targets = torch.rand(9, 6, generator=torch.Generator().manual_seed(1))
+    found = assign_targets(targets, torch.tensor([[1.2, 2.0], [3.0, 1.0]]), (5, 7), 4.0)
+    assert len(found.image) > 3
+    for sent, arrived in zip(found, unpack(*pack(found)), strict=True):
+        torch.testing.assert_close(arrived, sent, rtol=0, atol=0)
 
 
 def test_no_boxes_still_trains_objectness():

@@ -125,3 +125,16 @@ def test_threshold_out_of_range(name):
 def test_has_no_clock():
     """A time limit would drop detections on a busy machine."""
     assert "time" not in vars(__import__("utils.nms", fromlist=["x"]))
+
+
+def test_images_of_a_batch_keep_their_order():
+    torch.manual_seed(0)
+    batch = torch.rand(7, 50, 8)
+    batch[..., :2] *= 300
+    batch[..., 2:4] *= 90
+    batch.requires_grad_()
+    together = non_max_suppression(batch, 0.2, multi_label=True)
+    apart = [non_max_suppression(image[None], 0.2, multi_label=True)[0] for image in batch]
+    assert len({len(rows) for rows in together}) > 1
+    for ours, expected in zip(together, apart, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)

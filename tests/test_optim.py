@@ -123,3 +123,19 @@ def test_freeze(model):
     optimizer = build_optimizer(model, "SGD", 0.1, 0.9, 0.0)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == trained
     assert not any(p.requires_grad for p in model.model[2].parameters())
+
+
+def test_average_follows_weights_that_are_laid_out_anew():
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2))
+    ema = ModelEma(model, decay=0.5, tau=1e-9)
+    ema.update(model)
+    for is_copied in (False, True):
+        ema = copy.deepcopy(ema) if is_copied else ema
+        model.to(memory_format=torch.channels_last)
+        ema.model.to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            model[0].weight.add_(1)
+        before = ema.model[0].weight.clone()
+        ema.update(model)
+        expected = (before + model[0].weight) / 2
+        torch.testing.assert_close(ema.model[0].weight, expected.detach())

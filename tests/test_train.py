@@ -862,3 +862,9 @@ def test_a_missing_tensorboard_is_said_before_the_training(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
         train.main([*base, "--epochs", "1", "--tensorboard"])
+
+
+def test_default_workers_are_found_anew_on_another_machine(base, tmp_path):
+    at = base.index("--workers")
+    train.main([*base[:at], *base[at + 2 :], "--epochs", "1"])
+    assert yaml.safe_load((tmp_path / "runs/exp/opt.yaml").read_text())["workers"] is None

@@ -104,8 +104,11 @@ def move_objects(
     """Scale labels [n, 5] (class, xyxy) and segments, then shift them."""
     ratio, offset = np.array(ratio_wh, np.float32), np.array(offset_wh, np.float32)
     moved = labels.copy()
-    moved[:, 1:] = labels[:, 1:] * np.tile(ratio, 2) + np.tile(offset, 2)
-    return moved, [points * ratio + offset if len(points) else points for points in segments]
+    for corner in (slice(1, 3), slice(3, 5)):
+        moved[:, corner] = labels[:, corner] * ratio + offset
+    if any(map(len, segments)):
+        segments = [points * ratio + offset for points in segments]
+    return moved, segments
 
 
 # -------------------------------------------------------------------------------- composing images
@@ -137,7 +140,7 @@ def draw_mosaic_centre(side: int, rng: np.random.Generator) -> tuple[int, int]:
     return x, y
 
 
-def visible_tiles(
+def find_visible_tiles(
     centre_xy: tuple[int, int], side: int, matrix: np.ndarray, out_hw: tuple[int, int]
 ) -> list[bool]:
     """Which of the four tiles of a mosaic the output can show.
@@ -356,8 +359,8 @@ def _warp_collage(collage: Collage, matrix: np.ndarray, out_hw: tuple[int, int])
             ends_there = starts[number] + sizes_wh[number] == collage.centre_xy
             skipped = np.where(ends_there, centre_xy - (x2, y2), (x1, y1) - centre_xy)
             zoom = (matrix[0, 0] / matrix[2, 2], matrix[1, 1] / matrix[2, 2])
-            _scale_from_corner(image, zoom, ends_there.tolist(), skipped.astype(int), region)
-            continue
+            if _scale_from_corner(image, zoom, ends_there.tolist(), skipped.astype(int), region):
+                continue
         to_region = matrix @ np.array([[1, 0, left], [0, 1, top], [0, 0, 1]])
         to_region = np.array([[1, 0, -x1], [0, 1, -y1], [0, 0, 1]]) @ to_region
         part = _interpolate(image, to_region, region.shape[:2], cv2.BORDER_REPLICATE)
@@ -389,7 +392,7 @@ def _scale_from_corner(
     is_at_end: tuple[bool, bool],
     skipped_xy: np.ndarray,
     region: np.ndarray,
-) -> None:
+) -> bool:
     """Scale an image from one of its corners, which falls on the corner of pixels.
 
     Args:
@@ -398,6 +401,10 @@ def _scale_from_corner(
         is_at_end: whether it is the right corner, and the lower.
         skipped_xy: pixels of the output between that corner and the region.
         region: what is filled.
+
+    Returns:
+        Whether it could be done: OpenCV does not scale by less than half a pixel, and may round the
+        size down where it lies halfway between two.
     """
     height, width = region.shape[:2]
     needed_xy = (skipped_xy + np.array([width, height])).tolist()
@@ -412,10 +419,14 @@ def _scale_from_corner(
     flip = {(True, True): -1, (True, False): 1, (False, True): 0}.get((at_right, at_bottom))
     if flip is not None:
         part = cv2.flip(part, flip)
-    part = cv2.resize(part, None, fx=zoom_xy[0], fy=zoom_xy[1], interpolation=cv2.INTER_LINEAR)
+    scaled = cv2.resize(part, None, fx=zoom_xy[0], fy=zoom_xy[1], interpolation=cv2.INTER_LINEAR)
     x, y = skipped_xy.tolist()
-    part = part[y : y + height, x : x + width]
+    is_copy = scaled.shape == part.shape and zoom_xy != (1.0, 1.0)
+    part = scaled[y : y + height, x : x + width]
+    if is_copy or part.shape != region.shape:
+        return False
     region[:] = part if flip is None else cv2.flip(part, flip)
+    return True
 
 
 def _inside(matrix: np.ndarray, in_hw: tuple[int, int], out_hw: tuple[int, int]) -> np.ndarray:

@@ -31,6 +31,7 @@ from utils.augment import (
     copy_paste,
     draw_mosaic_centre,
     draw_warp,
+    find_visible_tiles,
     letterbox,
     letterbox_sample,
     mixup,
@@ -38,7 +39,6 @@ from utils.augment import (
     resize,
     resize_long_side,
     snap,
-    visible_tiles,
     warp,
 )
 from utils.boxes import Letterbox
@@ -149,10 +149,11 @@ class DetectionDataset(Dataset[Item]):
             for members in self.rect_batches:
                 shape_hw = rect_shape_hw(split.shapes_hw[members], imgsz, stride, pad)
                 self.input_shapes_hw[members] = shape_hw
+        self._resized_hw, self._reductions = self._plan_loading()
         self._cache = None
         if cache:
             self._cache = build_image_cache(
-                cache, split.paths, self._resized_hw(), self._load_whole, self._variant()
+                cache, split.paths, self._resized_hw, self._load_whole, self._variant()
             )
 
     def __len__(self) -> int:
@@ -179,38 +180,38 @@ class DetectionDataset(Dataset[Item]):
         )
 
     # ------------------------------------------------------------------------------ loading
-    def _resized_hw(self, index: int | slice = slice(None)) -> np.ndarray:
-        """Shapes with the long side `imgsz`, int64 [..., 2]."""
-        hw = self.split.shapes_hw[index]
-        return np.maximum(np.rint(hw * self.imgsz / hw.max(-1, keepdims=True)), 1).astype(np.int64)
+    def _plan_loading(self) -> tuple[np.ndarray, np.ndarray]:
+        """Shapes with the long side `imgsz`, int64 [N, 2], and how small images may be decoded [N].
+
+        Training images only: so that after that they are only ever shrunk.
+        """
+        long_sides = self.split.shapes_hw.max(1, initial=1)
+        resized_hw = np.rint(self.split.shapes_hw * self.imgsz / long_sides[:, None])
+        reductions = np.ones(len(self), np.uint8)
+        if self.hyp is not None:
+            for reduction in REDUCTIONS:  # ascending
+                reductions[long_sides >= reduction * self.imgsz] = reduction
+        return np.maximum(resized_hw, 1).astype(np.int64), reductions
 
     def _variant(self) -> str:
         return f"{self.imgsz}-{'area' if self.hyp is None else 'reduced'}"
 
     def _load(self, index: int, problems: Problems) -> np.ndarray:
         """Decode and resize one image; long side = imgsz. Grey if it cannot be read."""
-        path, reduction = self.split.paths[index], self._reduction(index)
+        path, reduction = self.split.paths[index], int(self._reductions[index])
         try:
             image = read_image(path, reduction)
         except OSError as error:
             # One damaged or deleted image must not end a long run, a lost drive must.
             self._check_others_are_there(path)
             problems[index] = _describe(error, path)
-            return np.full((*self._resized_hw(index), 3), GREY, np.uint8)
-        whole_hw = self.split.shapes_hw[index]
-        if reduction > 1 and image.shape[:2] == tuple((-(-whole_hw // reduction)).tolist()):
+            return np.full((*self._resized_hw[index], 3), GREY, np.uint8)
+        height, width = self.split.shapes_hw[index].tolist()
+        if reduction > 1 and image.shape[:2] == (-(-height // reduction), -(-width // reduction)):
             # The sides were rounded up: the aspect ratio is that of the file, not of the image.
-            height, width = self._resized_hw(index).tolist()
+            height, width = self._resized_hw[index].tolist()
             return resize(image, (height, width), cv2.INTER_LINEAR)
         return resize_long_side(image, self.imgsz, smooth=self.hyp is None)
-
-    def _reduction(self, index: int) -> int:
-        """How small a training image may be decoded so that it is only ever shrunk after that."""
-        if self.hyp is not None:
-            for reduction in reversed(REDUCTIONS):
-                if self.split.shapes_hw[index].max() >= reduction * self.imgsz:
-                    return reduction
-        return 1
 
     def _check_others_are_there(self, path: str) -> None:
         folder, paths = Path(path).parent, self.split.paths
@@ -238,8 +239,10 @@ class DetectionDataset(Dataset[Item]):
             rows, segments = rows[:0], []
         scale = np.array([width, height], np.float32)
         centres, halves = rows[:, 1:3] * scale, rows[:, 3:5] * scale / 2
-        labels = np.concatenate([rows[:, :1], centres - halves, centres + halves], 1)
-        segments = [points * scale if len(points) else points for points in segments]
+        labels = rows.copy()
+        labels[:, 1:3], labels[:, 3:5] = centres - halves, centres + halves
+        if any(map(len, segments)):
+            segments = [points * scale for points in segments]
         return Sample(image, labels, segments)
 
     # --------------------------------------------------------------------- with and without dice
@@ -288,7 +291,7 @@ class DetectionDataset(Dataset[Item]):
             # An image that the output does not show need not be decoded, but for its objects.
             shown = [True] * 4
             if not hyp.copy_paste:
-                shown = visible_tiles(centre_xy, self.imgsz, matrix, shape_hw)
+                shown = find_visible_tiles(centre_xy, self.imgsz, matrix, shape_hw)
             tiles = [
                 self._sample(member, problems) if is_shown else None
                 for member, is_shown in zip(indices, shown, strict=True)

@@ -80,7 +80,7 @@ def select_precision(amp: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and has_bf16() else torch.float32
 
 
-def loader_processes(requested: int | None, device: torch.device) -> int:
+def count_loader_processes(requested: int | None, device: torch.device) -> int:
     """How many processes load images where `--workers` says nothing.
 
     Beside a GPU 8. None on a CPU: there they would take from the network the cores that they need,

@@ -86,16 +86,23 @@ def assign_targets(
     return Assignment(image, anchor, row, column, classes, boxes, anchors_grid[anchor])
 
 
-def _to_device(found: Assignment, device: torch.device) -> Assignment:
-    """Two transfers, which nothing waits for."""
-    if device == found.image.device:
-        return found
-    numbers, boxes = torch.stack(found[:5]), torch.cat(found[5:], 1)
-    if device.type == "cuda":
-        numbers, boxes = numbers.pin_memory(), boxes.pin_memory()
-    numbers, boxes = numbers.to(device, non_blocking=True), boxes.to(device, non_blocking=True)
+def pack(found: Assignment) -> tuple[Tensor, Tensor]:
+    """An assignment as two tensors, int64 [5, N] and [N, 6]: few transfers to a device."""
+    return torch.stack(found[:5]), torch.cat(found[5:], 1)
+
+
+def unpack(numbers: Tensor, boxes: Tensor) -> Assignment:
+    """What `pack` was given."""
     image, anchor, row, column, classes = numbers
     return Assignment(image, anchor, row, column, classes, boxes[:, :4], boxes[:, 4:])
+
+
+def _to_device(found: Assignment, device: torch.device) -> Assignment:
+    """Nothing waits for it."""
+    if device == found.image.device:
+        return found
+    parts = (p.pin_memory() if device.type == "cuda" else p for p in pack(found))
+    return unpack(*(part.to(device, non_blocking=True) for part in parts))
 
 
 class DetectionLoss:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -49,7 +50,8 @@ def non_max_suppression(
             raise ValueError(f"{name} {value} lies outside 0 to 1")
     multi_label = multi_label and predictions.shape[2] > 6  # one class: both ways are the same
 
-    def detect(image_predictions: Tensor) -> Tensor:
+    candidates = []
+    for image_predictions in predictions:
         boxes_xyxy, conf, cls = _candidates(image_predictions, conf_thres, multi_label)
         if classes is not None:
             wanted = torch.isin(cls, torch.as_tensor(classes, device=cls.device, dtype=cls.dtype))
@@ -57,16 +59,19 @@ def non_max_suppression(
         if len(conf) > max_candidates:
             conf, strongest = conf.topk(max_candidates)
             boxes_xyxy, cls = boxes_xyxy[strongest], cls[strongest]
+        candidates.append((boxes_xyxy, conf, cls))
+
+    def choose(boxes_xyxy: Tensor, conf: Tensor, cls: Tensor) -> Tensor:
         groups = torch.zeros_like(cls) if agnostic else cls
         keep_idx = _suppress(boxes_xyxy, conf, groups, iou_thres)[:max_det]
         return torch.cat((boxes_xyxy[keep_idx], conf[keep_idx, None], cls[keep_idx, None]), 1)
 
-    if predictions.device.type != "cpu" or len(predictions) == 1:
-        return [detect(image_predictions) for image_predictions in predictions]
+    if predictions.device.type != "cpu" or len(predictions) <= 1:
+        return list(itertools.starmap(choose, candidates))
     # The suppression of an image keeps one core busy, and lets go of Python meanwhile. Whether
     # gradients are recorded is up to each thread.
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(torch.no_grad()(detect), predictions))
+    with ThreadPoolExecutor(min(torch.get_num_threads(), len(candidates))) as pool:
+        return list(pool.map(torch.no_grad()(choose), *zip(*candidates, strict=True)))
 
 
 def _candidates(

@@ -145,7 +145,7 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the weights after an optimizer step; they must stay where they were at first."""
+        """Take in the weights after an optimizer step."""
         self.updates += 1
         share = 1 - self.decay * (1 - math.exp(-self.updates / self.tau))
         if self._source is not model:
@@ -155,10 +155,16 @@ class ModelEma:
             mine.copy_(theirs)
 
     def _pair_tensors(self, model: nn.Module) -> None:
-        """Find what belongs together, once: walking through the modules is the slower part."""
+        """Find what belongs together, once: walking through the modules is the slower part.
+
+        Parameters themselves, not what `state_dict` gives: they stay when their data are laid out
+        anew, and copies of this object point to their own.
+        """
         self._source = model
-        latest = model.state_dict()
-        pairs = [(mine, latest[name]) for name, mine in self.model.state_dict().items()]
+        mine, theirs = (
+            dict(m.named_parameters()) | dict(m.named_buffers()) for m in (self.model, model)
+        )
+        pairs = [(mine[name], theirs[name]) for name in model.state_dict()]
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self._averaged, self._latest = (list(column) for column in zip(*floats, strict=True))
         self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
