@@ -18,11 +18,9 @@ if __name__ == "__main__":
 
 import argparse
 import csv
-import itertools
 import json
 import logging
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ import torch
 from torch import Tensor
 
 from models import Model
-from utils.boxes import cxcywh_from_xyxy, to_letterbox
+from utils.boxes import to_letterbox
 from utils.checkpoint import load_detector
 from utils.coco_json import (
     CocoIds,
@@ -57,6 +55,7 @@ from utils.dataset import (
 from utils.device import count_loader_processes, describe_device, select_device
 from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, check_class_names, evaluate
+from utils.output_names import unique_stems
 from utils.plots import (
     draw,
     plot_batch,
@@ -67,6 +66,7 @@ from utils.plots import (
 )
 from utils.profile import count_gflops, count_parameters
 from utils.run_dir import new_run_dir, save_options, write_text_atomic
+from utils.yolo_text import write_text
 
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("val")
@@ -179,9 +179,11 @@ class BatchSaver:
         self.num_batches = 0
         self.coco_ids: CocoIds | None = None
         self.coco_results: list[dict[str, Any]] = []
-        self._texts = _text_files(split.paths, run_dir / "labels") if options.save_txt else {}
+        self._texts: dict[str, Path] = {}
         if options.save_txt:
-            (run_dir / "labels").mkdir(exist_ok=True)
+            folder, stems = run_dir / "labels", unique_stems(split.paths)
+            folder.mkdir(exist_ok=True)
+            self._texts = {path: folder / f"{stem}.txt" for path, stem in stems.items()}
         if options.save_json:
             self.coco_ids = number_for_coco(split.paths, len(self.names))
 
@@ -196,45 +198,6 @@ class BatchSaver:
         if wants_pictures and self.num_batches < NUM_BATCH_PICTURES:
             draw_batch(batch, detections, self.names, self.run_dir, self.num_batches)
         self.num_batches += 1
-
-
-def _text_files(paths: Sequence[str], folder: Path) -> dict[str, Path]:
-    """A text file for each image: `<stem>.txt`.
-
-    Where stems repeat, the image's folders (below the one that all images are in) come in front,
-    and where that is not enough a number behind. Upper and lower case count as equal, because
-    some file systems see it so.
-    """
-    counts = Counter(Path(path).stem.casefold() for path in paths)
-    levels = zip(*{Path(path).parent.parts for path in paths}, strict=False)
-    num_common = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
-    taken = {stem for stem, count in counts.items() if count == 1}
-    files = {}
-    for path in paths:
-        stem = Path(path).stem
-        if counts[stem.casefold()] > 1:
-            parts = [part.strip(":/\\") for part in Path(path).parent.parts[num_common:]]
-            first = "_".join([*parts, stem])
-            candidates = itertools.chain([first], (f"{first}_{n}" for n in itertools.count(2)))
-            stem = next(name for name in candidates if name.casefold() not in taken)
-            taken.add(stem.casefold())
-        files[path] = folder / f"{stem}.txt"
-    return files
-
-
-def write_text(
-    path: Path, detections: Tensor, original_hw: tuple[int, int], save_conf: bool
-) -> None:
-    """Write `class cx cy w h [conf]` per detection, normalised to the original image."""
-    height, width = original_hw
-    boxes_norm = cxcywh_from_xyxy(detections[:, :4]) / torch.tensor([width, height, width, height])
-    lines = []
-    for row, conf, cls in zip(
-        boxes_norm.tolist(), detections[:, 4].tolist(), detections[:, 5].tolist(), strict=True
-    ):
-        numbers = [*row, conf] if save_conf else row
-        lines.append(" ".join([str(int(cls)), *(f"{number:.6g}" for number in numbers)]) + "\n")
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 def draw_batch(

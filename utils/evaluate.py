@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ from utils.metrics import (
     match_detections,
 )
 from utils.nms import non_max_suppression
-from utils.profile import synchronize
+from utils.profile import Stopwatch
 
 LOGGER = logging.getLogger(__name__)
 
@@ -97,29 +96,6 @@ def check_class_names(
                 weights, data, theirs, ours,
             )  # fmt: skip
             return
-
-
-class _Stopwatch:
-    """Adds up the seconds of the three stages, waiting for the device at each reading."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds = [0.0, 0.0, 0.0]
-        self._start = 0.0
-
-    def start(self) -> None:
-        synchronize(self.device)
-        self._start = time.perf_counter()
-
-    def lap(self, stage: int) -> None:
-        synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[stage] += now - self._start
-        self._start = now
-
-    def ms_per_image(self, num_images: int) -> tuple[float, float, float]:
-        first, second, third = (s / max(num_images, 1) * 1e3 for s in self.seconds)
-        return first, second, third
 
 
 class _Tally:
@@ -197,7 +173,7 @@ def evaluate(
         network = copy.deepcopy(model).to(precision)
     network.to(memory_format=torch.channels_last)
     names = names[:1] if single_cls else names
-    tally, watch = _Tally(len(names)), _Stopwatch(device)
+    tally, watch = _Tally(len(names)), Stopwatch(device)
     loss_sum = torch.zeros(3, device=device)
     try:
         _warm_up(network, device, precision)
@@ -291,7 +267,7 @@ def _labels_in_original_pixels(batch: Batch, single_cls: bool) -> list[np.ndarra
 
 def _summarise(
     tally: _Tally,
-    watch: _Stopwatch,
+    watch: Stopwatch,
     names: tuple[str, ...],
     losses: tuple[float, float, float] | None,
 ) -> EvaluationResult:
