@@ -7,6 +7,7 @@ image, AP interpolated over 101 recalls.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from utils.metrics import (
     fitness,
     match_detections,
 )
-from utils.nms import non_max_suppression
+from utils.nms import non_max_suppression, split_detections
 from utils.profile import Stopwatch
 
 LOGGER = logging.getLogger(__name__)
@@ -150,7 +151,8 @@ def evaluate(
 
     Args:
         model: network on `device`, in any mode, which it keeps; fold BN beforehand if wanted. Its
-            weights are laid out channels last, the faster way for convolutions.
+            weights are laid out channels last, the faster way for convolutions. Exported networks
+            (`utils.backends`) do as well; with NMS inside, `iou_thres` has no effect.
         loader: any iterable of batches, in any order.
         names: of the classes; their number must be that of the network, unless `single_cls`.
         device: where the network is.
@@ -169,9 +171,10 @@ def evaluate(
     """
     was_training = model.training
     network = model.eval()
-    if next(model.parameters()).dtype != precision:
+    if any(parameter.dtype != precision for parameter in itertools.islice(model.parameters(), 1)):
         network = copy.deepcopy(model).to(precision)
     network.to(memory_format=torch.channels_last)
+    has_nms = getattr(network, "has_nms", False)
     names = names[:1] if single_cls else names
     tally, watch = _Tally(len(names)), Stopwatch(device)
     loss_sum = torch.zeros(3, device=device)
@@ -184,19 +187,23 @@ def evaluate(
             watch.lap(0)
             predictions, logits = _forward(network, images)
             watch.lap(1)
-            _check_num_classes(predictions.shape[2] - 5, names, single_cls)
+            if not has_nms:
+                _check_num_classes(predictions.shape[2] - 5, names, single_cls)
             if loss_fn is not None:
                 parts = loss_fn(logits, batch.targets)[1]
                 loss_sum += parts * len(images)
                 watch.start()
-            detections = non_max_suppression(
-                predictions,
-                conf_thres,
-                iou_thres,
-                multi_label=True,
-                max_det=max_det,
-                agnostic=single_cls,
-            )
+            if has_nms:
+                detections = split_detections(predictions, conf_thres, max_det)
+            else:
+                detections = non_max_suppression(
+                    predictions,
+                    conf_thres,
+                    iou_thres,
+                    multi_label=True,
+                    max_det=max_det,
+                    agnostic=single_cls,
+                )
             watch.lap(2)
             detections = _in_original_pixels(detections, batch, single_cls)
             for image_detections, labels in zip(
@@ -229,7 +236,7 @@ def _warm_up(network: nn.Module, device: torch.device, precision: torch.dtype) -
     """Let an accelerator select its kernels, and NMS import its own, before the clock runs."""
     one_box = torch.ones(1, 1, 6, device=device)
     non_max_suppression(one_box)
-    if device.type != "cpu":
+    if device.type != "cpu" and getattr(network, "imgsz_hw", None) is None:
         network(torch.zeros(1, 3, 256, 256, device=device, dtype=precision))
 
 
