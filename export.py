@@ -1,7 +1,7 @@
 """Export a YOLOv5 detector, dense or pruned, for other runtimes, and prove that it is the same.
 
     python export.py --weights yolov5s.pt --include onnx torchscript openvino
-    python export.py --weights runs/prune/exp/weights/pruned.pt --include onnx --img 320 --dynamic
+    python export.py --weights runs/val/pruned/pruned_model.pt --include onnx --img 320 --dynamic
     python export.py --weights best.pt --include onnx --img 320 --nms --conf-thres 0.25
     python export.py --weights best.pt --data data/bccd.yaml --include openvino --img 320 --int8
 
