@@ -1,7 +1,7 @@
 """The data set that a network sees: loading, placing, augmenting, batching.
 
 `scan_split` (utils.scan) finds and checks the files; `DetectionDataset` turns one image and its
-labels into network input; `build_loader` batches them, in worker processes if asked. Every random
+labels into network input; `build_loader` batches them, in worker processes or threads. Every random
 draw depends on (seed, epoch, index) alone, so batches do not depend on the number of workers and
 any epoch can be repeated. What goes wrong in a worker process travels to the parent as data: only
 there it becomes one warning or one error.

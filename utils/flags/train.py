@@ -94,6 +94,13 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="search better hyperparameters than --hyp in N trainings, one after the other; with "
         "--name and --exist-ok of an earlier search it goes on",
     )
+    add_slimming_flags(parser)
+    add_run_flags(parser)
+    return parser
+
+
+def add_slimming_flags(parser: argparse.ArgumentParser) -> None:
+    """Penalty and teacher."""
     group = parser.add_argument_group("slimming")
     group.add_argument(
         "--bn_sparsity", "--bn-sparsity", action="store_true", help="L1 penalty on BN gammas"
@@ -154,6 +161,10 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         default=1.0,
         help="weight of the teacher; at 1 it counts about as much as the labels",
     )
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Where it runs, and where its results go."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="", help="'' (best), cpu, mps, 0 or 0,1")
     group.add_argument("--amp", choices=AMP_CHOICES, default="auto", help="precision")
@@ -174,7 +185,6 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         default=False,
         help="run folder or its last.pt; default: the newest unfinished run",
     )
-    return parser
 
 
 def parse_args(
