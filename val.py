@@ -5,24 +5,23 @@
     python val.py --data data/coco.yaml --weights yolov5s.pt --save-json
     python val.py --data data/coco128.yaml --weights yolov5s.pt --task speed --device 0
     python val.py --data data/coco128.yaml --weights yolov5n.pt yolov5s.pt --task study
+    python val.py --data data/coco128.yaml --weights yolov5s.onnx
 
 Results are in runs/val/exp*: results.json, curves, confusion matrix, pictures.
 """
 
 from __future__ import annotations
 
-from utils.flags.val import STUDY_SIZES, parse_args
+from utils.flags.val import IMGSZ, STUDY_SIZES, parse_args
 
 if __name__ == "__main__":
     parse_args(description=__doc__)  # help and mistakes are answered before torch is loaded
 
 import argparse
 import csv
-import itertools
 import json
 import logging
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,9 @@ import torch
 from torch import Tensor
 
 from models import Model
-from utils.boxes import cxcywh_from_xyxy, to_letterbox
+from utils.backends import ExportedNetwork, is_exported
+from utils.backends import load_network as load_exported
+from utils.boxes import to_letterbox
 from utils.checkpoint import load_detector
 from utils.coco_json import (
     CocoIds,
@@ -57,6 +58,7 @@ from utils.dataset import (
 from utils.device import count_loader_processes, describe_device, select_device
 from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, check_class_names, evaluate
+from utils.output_names import unique_stems
 from utils.plots import (
     draw,
     plot_batch,
@@ -67,6 +69,7 @@ from utils.plots import (
 )
 from utils.profile import count_gflops, count_parameters
 from utils.run_dir import new_run_dir, save_options, write_text_atomic
+from utils.yolo_text import write_text
 
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("val")
@@ -91,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         study(models, split, data.names, run_dir, options, device, precision)
     else:
         (model,) = models.values()
-        imgsz = round_imgsz(options.imgsz, model.max_stride)
+        imgsz = options.imgsz = select_imgsz(model, options)
         describe_network(model, imgsz)
-        loader = build_rect_loader(split, imgsz, model.max_stride, options)
+        loader = build_network_loader(model, split, imgsz, options)
         saver = BatchSaver(run_dir, split, data.names, options)
         result = run(model, loader, data.names, options, device, precision, saver)
         save_results(result, imgsz, run_dir, speed_only=options.task == "speed")
@@ -130,13 +133,21 @@ def split_name(task: str) -> str:
 
 def load_network(
     weights: str, data: DatasetSpec, options: argparse.Namespace, device: torch.device
-) -> Model:
+) -> Model | ExportedNetwork:
     """Read a network and check that it fits the data set."""
-    path = find_weights(weights, ROOT)
-    detector = load_detector(path, device)
+    model: Model | ExportedNetwork
+    if is_exported(weights):
+        path = Path(weights)
+        model = load_exported(path, device, half=options.half)
+        names = model.names
+        if options.task == "study" and model.imgsz_hw is not None:
+            raise ValueError(f"{path}: takes one size only; --task study needs all, see --dynamic")
+    else:
+        path = find_weights(weights, ROOT)
+        model, names, _ = load_detector(path, device)
     if not options.single_cls:
-        check_class_names(detector.names, data.names, str(path), str(data.source))
-    return detector.model
+        check_class_names(names, data.names, str(path), str(data.source))
+    return model
 
 
 def scan(data: DatasetSpec, options: argparse.Namespace) -> Split:
@@ -150,12 +161,48 @@ def scan(data: DatasetSpec, options: argparse.Namespace) -> Split:
     )
 
 
-def describe_network(model: Model, imgsz: int) -> None:
-    """Log the size of the network."""
+def select_imgsz(model: Model | ExportedNetwork, options: argparse.Namespace) -> int:
+    """Long side of the input: as asked for, or the only one that an exported file takes."""
+    if isinstance(model, ExportedNetwork) and model.imgsz_hw is not None:
+        side = max(model.imgsz_hw)
+        if options.imgsz not in (None, side):
+            raise ValueError(
+                f"--imgsz {options.imgsz}: {model.path} was exported for {side}; leave --imgsz "
+                "away, or export with that --imgsz or --dynamic"
+            )
+        return side
+    return round_imgsz(options.imgsz or IMGSZ, stride_of(model))
+
+
+def stride_of(model: Model | ExportedNetwork) -> int:
+    """Sides of the input must be multiples of this."""
+    return model.stride if isinstance(model, ExportedNetwork) else model.max_stride
+
+
+def describe_network(model: Model | ExportedNetwork, imgsz: int) -> None:
+    """Log the size of the network, or what an exported file says about itself."""
+    if isinstance(model, ExportedNetwork):
+        LOGGER.info(
+            "network: %s, %s%s", model.format, model.metadata.precision,
+            ", NMS inside: its thresholds hold" if model.has_nms else "",
+        )  # fmt: skip
+        return
     LOGGER.info(
         "network: %s parameters, %.2f GFLOPs at %d x %d",
         f"{count_parameters(model):,}", count_gflops(model, imgsz), imgsz, imgsz,
     )  # fmt: skip
+
+
+def build_network_loader(
+    model: Model | ExportedNetwork, split: Split, imgsz: int, options: argparse.Namespace
+) -> Loader:
+    """Batches of images of like shape, or of the only shape that an exported file takes."""
+    if not isinstance(model, ExportedNetwork) or model.imgsz_hw is None:
+        return build_rect_loader(split, imgsz, stride_of(model), options)
+    shape_hw = model.imgsz_hw
+    LOGGER.info("all images are letterboxed to %d x %d (height x width)", *shape_hw)
+    dataset = DetectionDataset(split, imgsz, stride=model.stride, shape_hw=shape_hw)
+    return batch_up(dataset, options)
 
 
 def build_rect_loader(split: Split, imgsz: int, stride: int, options: argparse.Namespace) -> Loader:
@@ -163,6 +210,11 @@ def build_rect_loader(split: Split, imgsz: int, stride: int, options: argparse.N
     dataset = DetectionDataset(
         split, imgsz, rect=True, batch_size=options.batch_size, stride=stride, pad=RECT_PAD
     )
+    return batch_up(dataset, options)
+
+
+def batch_up(dataset: DetectionDataset, options: argparse.Namespace) -> Loader:
+    """A loader with as many processes as suit the device."""
     workers = count_loader_processes(options.workers, select_device(options.device))
     return build_loader(dataset, options.batch_size, workers=workers)
 
@@ -179,9 +231,11 @@ class BatchSaver:
         self.num_batches = 0
         self.coco_ids: CocoIds | None = None
         self.coco_results: list[dict[str, Any]] = []
-        self._texts = _text_files(split.paths, run_dir / "labels") if options.save_txt else {}
+        self._texts: dict[str, Path] = {}
         if options.save_txt:
-            (run_dir / "labels").mkdir(exist_ok=True)
+            folder, stems = run_dir / "labels", unique_stems(split.paths)
+            folder.mkdir(exist_ok=True)
+            self._texts = {path: folder / f"{stem}.txt" for path, stem in stems.items()}
         if options.save_json:
             self.coco_ids = number_for_coco(split.paths, len(self.names))
 
@@ -198,45 +252,6 @@ class BatchSaver:
         self.num_batches += 1
 
 
-def _text_files(paths: Sequence[str], folder: Path) -> dict[str, Path]:
-    """A text file for each image: `<stem>.txt`.
-
-    Where stems repeat, the image's folders (below the one that all images are in) come in front,
-    and where that is not enough a number behind. Upper and lower case count as equal, because
-    some file systems see it so.
-    """
-    counts = Counter(Path(path).stem.casefold() for path in paths)
-    levels = zip(*{Path(path).parent.parts for path in paths}, strict=False)
-    num_common = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
-    taken = {stem for stem, count in counts.items() if count == 1}
-    files = {}
-    for path in paths:
-        stem = Path(path).stem
-        if counts[stem.casefold()] > 1:
-            parts = [part.strip(":/\\") for part in Path(path).parent.parts[num_common:]]
-            first = "_".join([*parts, stem])
-            candidates = itertools.chain([first], (f"{first}_{n}" for n in itertools.count(2)))
-            stem = next(name for name in candidates if name.casefold() not in taken)
-            taken.add(stem.casefold())
-        files[path] = folder / f"{stem}.txt"
-    return files
-
-
-def write_text(
-    path: Path, detections: Tensor, original_hw: tuple[int, int], save_conf: bool
-) -> None:
-    """Write `class cx cy w h [conf]` per detection, normalised to the original image."""
-    height, width = original_hw
-    boxes_norm = cxcywh_from_xyxy(detections[:, :4]) / torch.tensor([width, height, width, height])
-    lines = []
-    for row, conf, cls in zip(
-        boxes_norm.tolist(), detections[:, 4].tolist(), detections[:, 5].tolist(), strict=True
-    ):
-        numbers = [*row, conf] if save_conf else row
-        lines.append(" ".join([str(int(cls)), *(f"{number:.6g}" for number in numbers)]) + "\n")
-    path.write_text("".join(lines), encoding="utf-8")
-
-
 def draw_batch(
     batch: Batch, detections: list[Tensor], names: tuple[str, ...], run_dir: Path, number: int
 ) -> None:
@@ -251,7 +266,7 @@ def draw_batch(
 
 
 def run(
-    model: Model,
+    model: Model | ExportedNetwork,
     loader: Loader,
     names: tuple[str, ...],
     options: argparse.Namespace,
@@ -261,7 +276,7 @@ def run(
 ) -> EvaluationResult:
     """Evaluate with folded BN, as a detector in use runs."""
     return evaluate(
-        model.fuse(),
+        model.fuse() if isinstance(model, Model) else model,
         loader,
         names,
         device=device,
@@ -377,7 +392,7 @@ def score_as_coco(saver: BatchSaver, split: Split, run_dir: Path) -> None:
 
 
 def study(
-    models: dict[str, Model],
+    models: dict[str, Model | ExportedNetwork],
     split: Split,
     names: tuple[str, ...],
     run_dir: Path,
@@ -394,7 +409,7 @@ def study(
         writer.writerow(header)
         for weights, model in models.items():
             for imgsz in STUDY_SIZES:
-                loader = build_rect_loader(split, imgsz, model.max_stride, options)
+                loader = build_rect_loader(split, imgsz, stride_of(model), options)
                 result = run(model, loader, names, options, device, precision)
                 scores = (result.precision, result.recall, result.map50, result.map50_95)
                 numbers = [f"{number:.5g}" for number in (*scores, *result.speed_ms)]

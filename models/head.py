@@ -64,10 +64,14 @@ class Detect(nn.Module):
             logits.append(y.permute(0, 1, 3, 4, 2))
         return logits if self.training else (self.decode(logits), logits)
 
-    def decode(self, logits: Sequence[Tensor]) -> Tensor:
+    def decode(self, logits: Sequence[Tensor], cells: Sequence[Tensor] = ()) -> Tensor:
         """Turn logits into predictions `[B, N, 5+K]`: cx, cy, w, h in input pixels, scores 0-1.
 
         Computed in float32 at least: half precision cannot hold a box corner to the pixel.
+
+        Args:
+            logits: per level `[B, A, H, W, 5+K]`.
+            cells: per level what `cells` gives, where they are constants of a graph.
         """
         decoded = []
         for level, level_logits in enumerate(logits):
@@ -75,15 +79,18 @@ class Detect(nn.Module):
             y = level_logits.to(dtype).sigmoid()
             stride = self.strides[level].to(dtype)
             anchors_px = self.anchors[level].to(dtype).view(1, -1, 1, 1, 2) * stride
-            cells = self._cells(y.shape[2], y.shape[3], dtype, y.device)
-            centres = (y[..., 0:2] * 2 - 0.5 + cells) * stride
+            if cells:
+                level_cells = cells[level]
+            else:
+                level_cells = self.cells(y.shape[2], y.shape[3], dtype, y.device)
+            centres = (y[..., 0:2] * 2 - 0.5 + level_cells) * stride
             sizes = (y[..., 2:4] * 2) ** 2 * anchors_px
             y = torch.cat((centres, sizes, y[..., 4:]), -1)
             decoded.append(y.flatten(1, 3))
         return torch.cat(decoded, 1)
 
     @staticmethod
-    def _cells(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def cells(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Column and row of each cell, `[H, W, 2]`; made anew, so no stale shape is kept."""
         rows, columns = torch.meshgrid(
             torch.arange(height, dtype=dtype, device=device),

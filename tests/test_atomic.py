@@ -3,7 +3,7 @@
 import pytest
 
 from utils import atomic
-from utils.atomic import atomic_write
+from utils.atomic import atomic_write, move_into_place, staging_folder
 
 
 def test_the_file_appears_when_it_is_complete(tmp_path):
@@ -44,3 +44,51 @@ def test_an_error_leaves_the_previous_file(tmp_path, error):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "absent" / "a.bin"):
         pass
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_a_staging_folder_goes_with_what_is_left_in_it(tmp_path, error):
+    def work():
+        with staging_folder(tmp_path) as folder:
+            (folder / "part.bin").write_bytes(b"x")
+            (folder / "done.bin").write_bytes(b"y")
+            move_into_place(folder / "done.bin", tmp_path / "done.bin")
+            if error:
+                raise error
+
+    if error:
+        with pytest.raises(error):
+            work()
+    else:
+        work()
+    assert [path.name for path in tmp_path.iterdir()] == ["done.bin"]
+
+
+def make_folder(path, name):
+    path.mkdir()
+    (path / name).write_text(name)
+    return path
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path):
+    old = make_folder(tmp_path / "model", "old")
+    move_into_place(make_folder(tmp_path / "new", "new"), old)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in old.iterdir()] == ["new"]
+
+
+def test_a_folder_that_cannot_be_moved_leaves_the_other(tmp_path, monkeypatch):
+    old = make_folder(tmp_path / "model", "old")
+    new = make_folder(tmp_path / "new", "new")
+    real = atomic.Path.replace
+
+    def replace(self, target):
+        if self == new:
+            raise OSError("no")
+        return real(self, target)
+
+    monkeypatch.setattr(atomic.Path, "replace", replace)
+    with pytest.raises(OSError, match="no"):
+        move_into_place(new, old)
+    assert [path.name for path in old.iterdir()] == ["old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new"]

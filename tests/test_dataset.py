@@ -99,6 +99,15 @@ def test_rect_batches_are_sorted_by_aspect_ratio(split):
     assert [tuple(batch.images.shape) for batch in batches] == [(2, 3, 96, 128), (2, 3, 128, 128)]
 
 
+def test_all_images_take_the_shape_that_is_asked_for(split):
+    (batch,) = build_loader(DetectionDataset(split, 96, shape_hw=(64, 96)), 8)
+    assert batch.images.shape == (4, 3, 64, 96)
+    for path, letterbox in zip(batch.paths, batch.letterboxes, strict=True):
+        height, width = letterbox.original_hw
+        ratio = min(64 / height, 96 / width)
+        assert letterbox.ratio_wh == pytest.approx((ratio, ratio), rel=0.02), path
+
+
 def test_batches_hold_targets_with_their_image(split):
     (batch,) = build_loader(DetectionDataset(split, 64), 8)
     assert batch.images.shape == (4, 3, 64, 64)

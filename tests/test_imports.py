@@ -2,11 +2,15 @@
 
 import ast
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import models
+from utils.detector import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} | {"train", "val", "prune", "detect", "export"}
@@ -15,6 +19,9 @@ WITHOUT_SIBLINGS = {"utils/atomic.py", "utils/boxes.py", "utils/config.py", "uti
 LIGHT = {"utils/choices.py", "utils/command.py", "utils/device_text.py", "utils/pruning/targets.py"}
 LIGHT |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "utils/flags").glob("*.py")}
 LIGHT |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "utils").rglob("__init__.py")}
+# `from models import load_model` is what users type; models/__init__.py looks this one name up in
+# utils when it is asked for, so that `import models` still needs torch alone (tested below).
+FRONT_DOOR = ("models/__init__.py", {"utils.detector", "utils.detector.load_model"})
 
 
 def _package_files(package: str) -> list[str]:
@@ -71,7 +78,24 @@ def test_the_walk_finds_the_project():
 
 @pytest.mark.parametrize("source", _package_files("models"))
 def test_models_know_neither_utils_nor_scripts(source):
-    assert _offences(source, lambda name: _top(name) in {"utils", *SCRIPTS}) == []
+    allowed = FRONT_DOOR[1] if source == FRONT_DOOR[0] else set()
+    forbidden = {"utils", *SCRIPTS}
+    assert _offences(source, lambda name: _top(name) in forbidden and name not in allowed) == []
+
+
+def test_the_front_door_of_models_stays_shut_until_it_is_used():
+    code = """
+import json, sys, models
+print(json.dumps([name for name in sys.modules if name.split(".")[0] in ("utils", "cv2", "PIL")]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert json.loads(done.stdout) == []
+    assert models.load_model is load_model
+
+
+def test_models_has_no_other_lazy_names():
+    with pytest.raises(AttributeError, match="no attribute 'load_modle'"):
+        getattr(models, "load_modle")  # noqa: B009 (the type checker would see the mistake)
 
 
 @pytest.mark.parametrize("source", _package_files("utils"))
@@ -146,6 +170,7 @@ def test_no_import_hides_in_a_function_to_dodge_a_cycle(source):
         for inner in ast.walk(node)
         if isinstance(inner, ast.ImportFrom)
         and _top(inner.module or "utils") in {"utils", "models"}
+        and (source, inner.module) != (FRONT_DOOR[0], "utils.detector")
     ]
     assert hidden == []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train", "prune", "val", "demo")
+SCRIPTS = ("train", "prune", "val", "detect", "demo")
 HEAVY = {"torch", "torchvision", "cv2", "matplotlib", "scipy", "thop", "numpy", "pycocotools"}
 
 # Runs a script as a command would and, where it ends, says what it has loaded in a last line.
@@ -70,6 +70,10 @@ def test_help_is_the_same_when_main_is_called(script, capsys):
         ("val.py --conf-thres 1.5", "--conf-thres is 1.5, expected 0 to 1"),
         ("val.py --task study --img 640", "--imgsz does not act with --task study"),
         ("val.py --device mars", "--device mars: expected cpu, mps, a GPU number"),
+        ("detect.py", "the following arguments are required: --source"),
+        ("detect.py --source x --nonsense", "unrecognized arguments: --nonsense"),
+        ("detect.py --source x --save-conf", "--save-conf acts only with --save-txt"),
+        ("detect.py --source x --device mars", "--device mars: expected cpu, mps, a GPU number"),
         ("demo.py --nonsense", "unrecognized arguments: --nonsense"),
         ("demo.py --epochs 1 0 1", "--epochs is 0, expected at least 1"),
         ("demo.py --percent 50", "--percent is 50, expected more than 0 and less than 1"),

@@ -182,34 +182,6 @@ def test_annotations_hold_the_labels(command, tmp_path):
     assert (first["width"], first["height"]) == (128, 96)
 
 
-@pytest.mark.parametrize(
-    ("paths", "stems"),
-    [
-        ([], []),
-        (["/x/a.jpg"], ["a"]),
-        (["/x/one/a.jpg", "/x/two/a.jpg", "/x/two/b.jpg"], ["one_a", "two_a", "b"]),
-        (
-            ["/d1/images/train/x.jpg", "/d2/images/train/x.jpg", "/d1/images/train/x.png"],
-            ["d1_images_train_x", "d2_images_train_x", "d1_images_train_x_2"],
-        ),
-        (["/d/x.jpg", "/d/x.png", "/d/x_2.jpg"], ["x", "x_3", "x_2"]),
-        (["/d/a_b/x.jpg", "/d/a/b_x.jpg", "/d/a/b/x.jpg"], ["a_b_x", "b_x", "a_b_x_2"]),
-        (["/d/Cat.jpg", "/d/cat.png"], ["Cat", "cat_2"]),
-        (["a.jpg", "two/a.jpg"], ["a", "two_a"]),
-    ],
-)
-def test_equal_file_names_do_not_overwrite_each_other(tmp_path, paths, stems):
-    files = val._text_files(paths, tmp_path)
-    assert list(files) == paths
-    assert [path.parent for path in files.values()] == [tmp_path] * len(paths)
-    assert [path.stem for path in files.values()] == stems
-
-
-def test_many_equal_file_names_stay_apart(tmp_path):
-    paths = [f"/d/{number // 100}/{number % 100}.jpg" for number in range(20_000)]
-    assert len(set(val._text_files(paths, tmp_path).values())) == 20_000
-
-
 def test_a_picture_never_ends_a_run(command, tmp_path, monkeypatch, caplog):
     """Nor does it come before the figures."""
     run_dir = tmp_path / "runs/exp"

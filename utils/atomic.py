@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,3 +29,36 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staging_folder(beside: str | Path) -> Iterator[Path]:
+    """Yield an empty folder in that folder, for files that move there once they are good.
+
+    It goes with all that is left in it when the block ends, whatever happened.
+    """
+    with tempfile.TemporaryDirectory(prefix=".staging-", dir=beside) as folder:
+        yield Path(folder)
+
+
+def move_into_place(source: Path, target: Path) -> None:
+    """Give a finished file or folder its name, on the same drive, instead of what has it now.
+
+    The content is on the disk before the name changes. A folder cannot be replaced in one step: if
+    the process is killed in between, the old one lies beside the new name with `.old` behind.
+    """
+    for path in [source, *source.rglob("*")]:
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if not target.is_dir():
+        source.replace(target)
+        return
+    old = target.with_name(f"{target.name}.{os.getpid()}.old")
+    target.replace(old)
+    try:
+        source.replace(target)
+    except OSError:
+        old.replace(target)
+        raise
+    shutil.rmtree(old)

@@ -114,6 +114,7 @@ class DetectionDataset(Dataset[Item]):
         pad: added to rectangular shapes, in strides (0.5 for evaluation).
         cache: `ram` or `disk` keeps decoded images.
         seed: of all random draws, from 0.
+        shape_hw: of evaluation inputs instead of the square; no side longer than `imgsz`.
 
     Raises:
         FileNotFoundError: on access, if the whole folder or drive of the image has gone.
@@ -132,6 +133,7 @@ class DetectionDataset(Dataset[Item]):
         pad: float = 0.0,
         cache: Literal["ram", "disk"] | None = None,
         seed: int = 0,
+        shape_hw: tuple[int, int] | None = None,
     ) -> None:
         if imgsz < stride or imgsz % stride:
             raise ValueError(f"imgsz {imgsz} is no multiple of the stride {stride}")
@@ -139,7 +141,7 @@ class DetectionDataset(Dataset[Item]):
             raise ValueError(f"seed {seed} must be 0 or more, batch size {batch_size} 1 or more")
         self.split, self.imgsz, self.hyp, self.seed = split, imgsz, hyp, seed
         self.rect, self.batch_size = rect, batch_size
-        self.input_shapes_hw = np.full((len(split), 2), imgsz, np.int64)
+        self.input_shapes_hw = np.full((len(split), 2), shape_hw or imgsz, np.int64)
         self.rect_batches: list[np.ndarray] = []
         if rect:
             order = np.argsort(split.shapes_hw[:, 0] / split.shapes_hw[:, 1], kind="stable")

@@ -484,7 +484,7 @@ def _run_aloud(words: Sequence[str], folder: Path) -> tuple[int, str]:
 
 # ----------------------------------------------------------------------------------------- weights
 def find_weights(name: str | Path, root: Path = PROJECT_ROOT) -> Path:
-    """Find a weights file by path or name; fetch it if it is a publicly released one.
+    """Find a weights file, or OpenVINO folder, by path or name; fetch publicly released ones.
 
     Looked up as typed, below `root`, and in `root/weights`. A released name (`yolov5s.pt`) that
     is in none of these is fetched into `root/weights`.
@@ -498,6 +498,8 @@ def find_weights(name: str | Path, root: Path = PROJECT_ROOT) -> Path:
     for candidate in tried:
         if candidate.is_file():
             _check_recorded_sum(candidate)
+            return candidate
+        if candidate.name.endswith("_openvino_model") and candidate.is_dir():
             return candidate
     if typed.name in WEIGHT_NAMES and str(typed.parent) in (".", "weights"):
         return named_weights(typed.name, root / "weights")

@@ -7,8 +7,8 @@ image, AP interpolated over 101 recalls.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,8 +27,8 @@ from utils.metrics import (
     fitness,
     match_detections,
 )
-from utils.nms import non_max_suppression
-from utils.profile import synchronize
+from utils.nms import non_max_suppression, split_detections
+from utils.profile import Stopwatch
 
 LOGGER = logging.getLogger(__name__)
 
@@ -99,29 +99,6 @@ def check_class_names(
             return
 
 
-class _Stopwatch:
-    """Adds up the seconds of the three stages, waiting for the device at each reading."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds = [0.0, 0.0, 0.0]
-        self._start = 0.0
-
-    def start(self) -> None:
-        synchronize(self.device)
-        self._start = time.perf_counter()
-
-    def lap(self, stage: int) -> None:
-        synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[stage] += now - self._start
-        self._start = now
-
-    def ms_per_image(self, num_images: int) -> tuple[float, float, float]:
-        first, second, third = (s / max(num_images, 1) * 1e3 for s in self.seconds)
-        return first, second, third
-
-
 class _Tally:
     """Matches image by image and remembers what the metrics need."""
 
@@ -174,7 +151,8 @@ def evaluate(
 
     Args:
         model: network on `device`, in any mode, which it keeps; fold BN beforehand if wanted. Its
-            weights are laid out channels last, the faster way for convolutions.
+            weights are laid out channels last, the faster way for convolutions. Exported networks
+            (`utils.backends`) do as well; with NMS inside, `iou_thres` has no effect.
         loader: any iterable of batches, in any order.
         names: of the classes; their number must be that of the network, unless `single_cls`.
         device: where the network is.
@@ -193,11 +171,12 @@ def evaluate(
     """
     was_training = model.training
     network = model.eval()
-    if next(model.parameters()).dtype != precision:
+    if any(parameter.dtype != precision for parameter in itertools.islice(model.parameters(), 1)):
         network = copy.deepcopy(model).to(precision)
     network.to(memory_format=torch.channels_last)
+    has_nms = getattr(network, "has_nms", False)
     names = names[:1] if single_cls else names
-    tally, watch = _Tally(len(names)), _Stopwatch(device)
+    tally, watch = _Tally(len(names)), Stopwatch(device)
     loss_sum = torch.zeros(3, device=device)
     try:
         _warm_up(network, device, precision)
@@ -208,19 +187,23 @@ def evaluate(
             watch.lap(0)
             predictions, logits = _forward(network, images)
             watch.lap(1)
-            _check_num_classes(predictions.shape[2] - 5, names, single_cls)
+            if not has_nms:
+                _check_num_classes(predictions.shape[2] - 5, names, single_cls)
             if loss_fn is not None:
                 parts = loss_fn(logits, batch.targets)[1]
                 loss_sum += parts * len(images)
                 watch.start()
-            detections = non_max_suppression(
-                predictions,
-                conf_thres,
-                iou_thres,
-                multi_label=True,
-                max_det=max_det,
-                agnostic=single_cls,
-            )
+            if has_nms:
+                detections = split_detections(predictions, conf_thres, max_det)
+            else:
+                detections = non_max_suppression(
+                    predictions,
+                    conf_thres,
+                    iou_thres,
+                    multi_label=True,
+                    max_det=max_det,
+                    agnostic=single_cls,
+                )
             watch.lap(2)
             detections = _in_original_pixels(detections, batch, single_cls)
             for image_detections, labels in zip(
@@ -253,7 +236,7 @@ def _warm_up(network: nn.Module, device: torch.device, precision: torch.dtype) -
     """Let an accelerator select its kernels, and NMS import its own, before the clock runs."""
     one_box = torch.ones(1, 1, 6, device=device)
     non_max_suppression(one_box)
-    if device.type != "cpu":
+    if device.type != "cpu" and getattr(network, "imgsz_hw", None) is None:
         network(torch.zeros(1, 3, 256, 256, device=device, dtype=precision))
 
 
@@ -291,7 +274,7 @@ def _labels_in_original_pixels(batch: Batch, single_cls: bool) -> list[np.ndarra
 
 def _summarise(
     tally: _Tally,
-    watch: _Stopwatch,
+    watch: Stopwatch,
     names: tuple[str, ...],
     losses: tuple[float, float, float] | None,
 ) -> EvaluationResult:

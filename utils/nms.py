@@ -102,3 +102,13 @@ def _suppress(boxes_xyxy: Tensor, conf: Tensor, groups: Tensor, iou_thres: float
     # torchvision may lay the groups side by side by adding a multiple of the largest coordinate,
     # which separates them only where no coordinate is negative.
     return batched_nms(boxes_xyxy - boxes_xyxy.min(), conf, groups, iou_thres)
+
+
+def split_detections(
+    padded: Tensor, conf_thres: float = 0.0, max_det: int | None = None
+) -> list[Tensor]:
+    """Detections `[B, M, 6]` of a network with NMS inside, per image without rows of padding.
+
+    Those have confidence 0. What the network dropped at its own thresholds does not come back.
+    """
+    return [rows[rows[:, 4] > max(conf_thres, 0.0)][:max_det] for rows in padded.float()]

@@ -347,22 +347,33 @@ def _font_size(tile: Image.Image) -> int:
     return int(np.clip(tile.width / 36, 10, 22))
 
 
-def _draw_boxes(tile: Image.Image, boxes: np.ndarray, names: Sequence[str]) -> None:
+def _draw_boxes(
+    tile: Image.Image,
+    boxes: np.ndarray,
+    names: Sequence[str],
+    *,
+    line_width: int | None = None,
+    show_names: bool = True,
+    show_conf: bool = True,
+) -> None:
     """Frames first, then the labels, so that no frame runs through a label.
 
-    What is surer, and of labels what is smaller, lies on top.
+    What is surer, and of labels what is smaller, lies on top. Without names there are no labels.
     """
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     boxes = boxes[np.lexsort((-areas, boxes[:, 4]))]
     crowded = len(boxes) > _MANY_BOXES
     draw, font = ImageDraw.Draw(tile), _font(_font_size(tile) - 3 * crowded)
-    line_width = max(2 - crowded, round(tile.width / 240))
+    line_width = line_width or max(2 - crowded, round(tile.width / 240))
     for x1, y1, x2, y2, _, cls in boxes:
         corners = (x1, y1, max(x2, x1 + 1), max(y2, y1 + 1))
         draw.rectangle(corners, outline=class_colour(int(cls)), width=line_width)
+    if not show_names:
+        return
     for x1, y1, _, _, confidence, cls in boxes:
         name = _printable(names[int(cls)]) if int(cls) < len(names) else str(int(cls))
-        text = name if math.isinf(confidence) else f"{name} {confidence:.2f}"
+        has_conf = show_conf and not math.isinf(confidence)
+        text = f"{name} {confidence:.2f}" if has_conf else name
         _draw_text(draw, (x1, y1), text, font, class_colour(int(cls)), tile.size)
 
 
@@ -1000,6 +1011,33 @@ def _set_log_ticks(axis: Axes, low: float, high: float, zero_place: float) -> No
     axis.set_xticks([zero_place, *places], ["0", *(f"{value:g}" for value in values)])
     minor = [power + math.log10(digit) for power in powers for digit in range(1, 10)]
     axis.set_xticks([place for place in minor if low <= place <= high], minor=True)
+
+
+def annotate(
+    image_rgb: np.ndarray,
+    detections: Any,
+    names: Sequence[str],
+    *,
+    line_width: int | None = None,
+    show_names: bool = True,
+    show_conf: bool = True,
+) -> np.ndarray:
+    """A copy of an image with the detections drawn into it.
+
+    Args:
+        image_rgb: uint8 [H, W, 3]; left as it is.
+        detections: [M, 6]: xyxy in pixels of the image, confidence, class. M may be 0.
+        names: class names in order.
+        line_width: of the boxes, pixels; None: by the size of the image and the number of boxes.
+        show_names: label the boxes.
+        show_conf: with the confidence beside the name.
+    """
+    image = Image.fromarray(image_rgb)
+    found = _as_numpy(detections).reshape(-1, 6).astype(np.float64)
+    _draw_boxes(
+        image, found, names, line_width=line_width, show_names=show_names, show_conf=show_conf
+    )
+    return np.array(image)
 
 
 _PAIR_WIDTH = 1920  # pixels of both pictures together, and of one in height

@@ -41,6 +41,32 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+class Stopwatch:
+    """Adds up the seconds of the three stages, waiting for the device at each reading."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = [0.0, 0.0, 0.0]
+        self._start = 0.0
+
+    def start(self) -> None:
+        """The first stage begins now."""
+        synchronize(self.device)
+        self._start = time.perf_counter()
+
+    def lap(self, stage: int) -> None:
+        """Count the time since the last reading for a stage, 0 to 2."""
+        synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[stage] += now - self._start
+        self._start = now
+
+    def ms_per_image(self, num_images: int) -> tuple[float, float, float]:
+        """Milliseconds of the three stages."""
+        first, second, third = (s / max(num_images, 1) * 1e3 for s in self.seconds)
+        return first, second, third
+
+
 class Latency(NamedTuple):
     """How long one network takes, and how many times as fast as the first one it is.
 

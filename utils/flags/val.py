@@ -10,7 +10,7 @@ from utils.flags.checks import WORKERS_HELP, check_device, check_least, check_sh
 
 ROOT = Path(__file__).resolve().parents[2]
 
-IMGSZ = 640  # default of --imgsz
+IMGSZ = 640  # default of --imgsz, but for exported files of one size
 STUDY_SIZES = range(256, 1536 + 1, 128)
 # Default --conf-thres and --iou-thres: for mAP, and as in use (--task speed).
 THRESHOLDS_FOR_MAP, THRESHOLDS_IN_USE = (0.001, 0.6), (0.25, 0.45)
@@ -27,7 +27,8 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--weights",
         nargs="+",
         default=["yolov5s.pt"],
-        help="checkpoint: ours, a public YOLOv5 .pt or a known name; several for --task study",
+        help="checkpoint: ours, a public YOLOv5 .pt or a known name; or what export.py writes; "
+        "several for --task study",
     )
     group.add_argument("--data", default="data/coco128.yaml", help="data set yaml")
     group.add_argument(
@@ -44,7 +45,11 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("detection")
     group.add_argument(
-        "--imgsz", "--img", "--img-size", type=int, help="pixels, default 640; study has its own"
+        "--imgsz",
+        "--img",
+        "--img-size",
+        type=int,
+        help="pixels, default 640 or that of an exported file; study has its own",
     )
     group.add_argument("--batch-size", type=int, default=32, help="images")
     group.add_argument(
@@ -82,8 +87,6 @@ def parse_args(
     parser = build_parser(description)
     options = parser.parse_args(argv)
     check_task(parser, options)
-    if options.imgsz is None and options.task != "study":
-        options.imgsz = IMGSZ
     if options.save_conf and not options.save_txt:
         parser.error("--save-conf acts only with --save-txt")
     if len(options.weights) > 1 and options.task != "study":

@@ -1,0 +1,393 @@
+"""Networks in any format: same predictions, metadata read back, clear errors."""
+
+import dataclasses
+import importlib
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from models import Model, ModelSpec
+from utils import backends
+from utils.backends import (
+    ENGINE_LENGTH,
+    TORCHSCRIPT_EXTRA,
+    import_runtime,
+    is_exported,
+    load_network,
+    metadata_from_json,
+    metadata_to_json,
+)
+from utils.checkpoint import build_checkpoint, save_checkpoint
+from utils.export_metadata import ExportMetadata
+from utils.exports import Exporter, NmsSettings, write_engine
+from utils.nms import non_max_suppression, split_detections
+
+CPU = torch.device("cpu")
+NAMES = ("disc", 'it\'s a "box"', "Stange é")
+RUNTIMES = {"onnx": ("onnx", "onnxruntime"), "torchscript": (), "openvino": ("onnx", "openvino")}
+SIDE = 64
+
+
+@torch.no_grad()
+def lively_model(spec_dict, seed=0):
+    """A network with folded BN whose scores and boxes vary."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Model(ModelSpec.from_dict(spec_dict)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            bound = 1.15 * (6 / module.weight[0].numel()) ** 0.5  # keeps the signal strong
+            module.weight.uniform_(-bound, bound, generator=generator)
+            if module.bias is not None:
+                module.bias.uniform_(-1, 1, generator=generator)
+    return model
+
+
+@pytest.fixture
+def model(tiny_spec):
+    return lively_model(tiny_spec)
+
+
+def facts(model, **changes):
+    anchors = tuple(map(tuple, model.head.anchors_px.flatten(1).tolist()))
+    metadata = ExportMetadata(NAMES, 16, (SIDE, SIDE), 1, False, anchors, "float32", False)
+    return dataclasses.replace(metadata, **changes)
+
+
+def export(model, export_format, folder, nms=None, **changes):
+    for package in RUNTIMES[export_format]:
+        pytest.importorskip(package)
+    metadata = facts(model, has_nms=nms is not None, **changes)
+    return Exporter(model.fuse(), metadata, opset=13, nms=nms).write(export_format, folder, "x")
+
+
+def pictures(count=3, height=SIDE, width=SIDE):
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def predictions_of(network, images):
+    return network(images)[0]
+
+
+# --------------------------------------------------------------------------------- predictions
+@pytest.mark.parametrize("export_format", RUNTIMES)
+def test_same_predictions_for_any_number_of_images(export_format, model, tmp_path):
+    path = export(model, export_format, tmp_path, batch_size=2)
+    network = load_network(path, CPU)
+    assert (network.format, network.names, network.stride) == (export_format, NAMES, 16)
+    assert (network.imgsz_hw, network.batch_size, network.has_nms) == ((SIDE, SIDE), 2, False)
+    assert network.precision == torch.float32
+    for count in (1, 2, 3):
+        predictions, logits = network(pictures(count))
+        expected = predictions_of(model, pictures(count))
+        torch.testing.assert_close(predictions, expected, rtol=1e-4, atol=1e-3)
+        assert logits == []
+
+
+@pytest.mark.parametrize("export_format", RUNTIMES)
+def test_channels_last_and_no_parameters(export_format, model, tmp_path):
+    network = load_network(export(model, export_format, tmp_path), CPU)
+    images = pictures(1)
+    expected = predictions_of(model, images)
+    found = predictions_of(network, images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    assert list(network.parameters()) == []  # a cast of the module must not reach the weights
+
+
+@pytest.mark.parametrize("export_format", RUNTIMES)
+def test_another_size_is_refused(export_format, model, tmp_path):
+    path = export(model, export_format, tmp_path, imgsz_hw=(SIDE, 96))
+    network = load_network(path, CPU)
+    assert predictions_of(network, pictures(1, SIDE, 96)).shape[0] == 1
+    with pytest.raises(ValueError, match=r"x.*takes images of 96 x 64 pixels .* not 64 x 64"):
+        network(pictures(1))
+
+
+@pytest.mark.parametrize("export_format", ["onnx", "openvino"])
+def test_dynamic_takes_all_sizes(export_format, model, tmp_path):
+    network = load_network(export(model, export_format, tmp_path, dynamic=True), CPU)
+    assert (network.imgsz_hw, network.batch_size) == (None, None)
+    for shape in ((1, 64, 64), (3, 96, 32), (2, 32, 128)):
+        images = pictures(*shape)
+        found, expected = predictions_of(network, images), predictions_of(model, images)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("export_format", RUNTIMES)
+def test_half_takes_and_gives_float32(export_format, model, tmp_path):
+    network = load_network(export(model, export_format, tmp_path, precision="float16"), CPU)
+    found, expected = predictions_of(network, pictures(1)), predictions_of(model, pictures(1))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=1.0)
+    assert not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("export_format", RUNTIMES)
+@pytest.mark.parametrize("max_det", [5, 400])
+def test_nms_inside_the_graph(export_format, max_det, model, tmp_path):
+    settings = NmsSettings(0.2, 0.45, max_det)
+    path = export(model, export_format, tmp_path, nms=settings, batch_size=2)
+    network = load_network(path, CPU)
+    images = pictures(2)
+    expected = non_max_suppression(predictions_of(model, images), 0.2, 0.45, max_det=max_det)
+    assert min(map(len, expected)) > 3, "nothing to see"
+    padded = predictions_of(network, images)
+    assert network.has_nms
+    assert padded.shape == (2, max_det, 6)
+    for ours, theirs in zip(split_detections(padded), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("export_format", RUNTIMES)
+def test_nms_of_nothing(export_format, model, tmp_path):
+    path = export(model, export_format, tmp_path, nms=NmsSettings(0.999, 0.45, 20))
+    padded = predictions_of(load_network(path, CPU), pictures(1))
+    assert padded.shape == (1, 20, 6)
+    assert [len(rows) for rows in split_detections(padded)] == [0]
+
+
+@pytest.mark.parametrize("export_format", ["onnx", "openvino"])
+def test_nms_with_free_sizes(export_format, model, tmp_path):
+    path = export(model, export_format, tmp_path, nms=NmsSettings(0.2, 0.45, 50), dynamic=True)
+    network = load_network(path, CPU)
+    assert (network.imgsz_hw, network.batch_size) == (None, 1)
+    images = pictures(2, 96, 32)
+    expected = non_max_suppression(predictions_of(model, images), 0.2, 0.45, max_det=50)
+    for ours, theirs in zip(
+        split_detections(predictions_of(network, images)), expected, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_checkpoints_are_folded_and_take_any_size(tiny_spec, tmp_path):
+    model = lively_model(tiny_spec)
+    save_checkpoint(tmp_path / "x.pt", build_checkpoint(model, NAMES))
+    network = load_network(tmp_path / "x.pt", CPU)
+    assert (network.format, network.names, network.stride) == ("pytorch", NAMES, 16)
+    assert (network.imgsz_hw, network.batch_size) == (None, None)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    images = pictures(2, 96, 32)
+    torch.testing.assert_close(
+        predictions_of(network, images), predictions_of(model, images), rtol=1e-4, atol=1e-3
+    )
+    half = load_network(tmp_path / "x.pt", CPU, half=True)
+    assert half.precision == next(half.parameters()).dtype == torch.float16
+
+
+# ------------------------------------------------------------------------------------ metadata
+@pytest.mark.parametrize("export_format", RUNTIMES)
+def test_metadata_round_trip(export_format, model, tmp_path):
+    written = facts(model, batch_size=3)
+    network = load_network(export(model, export_format, tmp_path, batch_size=3), CPU)
+    assert network.metadata == written
+
+
+def test_stock_programs_find_names_and_stride(model, tmp_path):
+    """They read them so: ONNX properties, an extra file of TorchScript, a yaml of OpenVINO."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(export(model, "onnx", tmp_path)))
+    properties = session.get_modelmeta().custom_metadata_map
+    assert properties["stride"] == "16"
+    assert properties["names"] == repr(dict(enumerate(NAMES)))
+    extra = {TORCHSCRIPT_EXTRA: ""}
+    torch.jit.load(export(model, "torchscript", tmp_path), _extra_files=extra)
+    content = json.loads(extra[TORCHSCRIPT_EXTRA])
+    assert int(content["stride"]) == 16
+    assert {int(number): name for number, name in content["names"].items()} == dict(
+        enumerate(NAMES)
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("names", None, "says nothing about its names"),
+        ("names", "{1: 'a'}", "damaged"),
+        ("names", "__import__('os')", "damaged"),
+        ("imgsz", "[64]", "damaged"),
+        ("stride", "wide", "damaged"),
+        ("nms", "maybe", "damaged"),
+        ("anchors", "7", "damaged"),
+        ("task", "segment", "made for task 'segment'"),
+        ("precision", "int3", "'int3'"),
+    ],
+)
+def test_wrong_metadata(model, key, value, message):
+    text = facts(model).to_text()
+    if value is None:
+        del text[key]
+    else:
+        text[key] = value
+    with pytest.raises(ValueError, match=message):
+        ExportMetadata.from_text(text, "a.onnx")
+
+
+def test_metadata_as_json(model, tmp_path):
+    metadata = facts(model)
+    text = metadata_from_json(metadata_to_json(metadata), tmp_path)
+    assert ExportMetadata.from_text(text, "a") == metadata
+    assert metadata_from_json("", tmp_path) == {}
+    for broken in (b"\xff\xfe", "[1, 2]", "{", '{"names": {"a": "b"}}'):
+        with pytest.raises(ValueError, match=r"not written by export\.py"):
+            metadata_from_json(broken, tmp_path)
+
+
+# -------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize("name", ["a.pt", "a.onnx", "a.torchscript", "a_openvino_model", "a.xml"])
+def test_a_missing_file(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match="no such weights file"):
+        load_network(tmp_path / name, CPU)
+
+
+@pytest.mark.parametrize("content", [b"", b"no network", b"\x08\x07\x12\x04abcd" * 10])
+@pytest.mark.parametrize("name", ["a.pt", "a.onnx", "a.torchscript", "a.xml"])
+def test_a_damaged_file(tmp_path, name, content):
+    if name in ("a.onnx", "a.xml"):
+        pytest.importorskip("onnxruntime" if name == "a.onnx" else "openvino")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.\w+: not a") as caught:
+        load_network(tmp_path / name, CPU)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("export_format", RUNTIMES)
+def test_half_a_file(export_format, model, tmp_path):
+    path = export(model, export_format, tmp_path)
+    path = path / "x.bin" if path.is_dir() else path
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    path = path.parent if path.suffix == ".bin" else path
+    with pytest.raises(ValueError, match="not a readable") as caught:
+        load_network(path, CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_foreign_files(model, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    path = export(model, "onnx", tmp_path)
+    content = onnx.load(str(path))
+    del content.metadata_props[:]
+    onnx.save(content, str(path))
+    with pytest.raises(ValueError, match=r"not written by export\.py"):
+        load_network(path, CPU)
+    script = torch.jit.trace(nn.Identity(), torch.zeros(1))
+    torch.jit.save(script, tmp_path / "b.torchscript")
+    with pytest.raises(ValueError, match=r"not written by export\.py"):
+        load_network(tmp_path / "b.torchscript", CPU)
+
+
+def test_an_empty_openvino_folder(tmp_path):
+    pytest.importorskip("openvino")
+    (tmp_path / "a_openvino_model").mkdir()
+    with pytest.raises(ValueError, match=r"no \.xml file"):
+        load_network(tmp_path / "a_openvino_model", CPU)
+
+
+def test_other_suffixes_and_half(tmp_path, model):
+    (tmp_path / "a.tflite").touch()
+    with pytest.raises(ValueError, match="not a known format"):
+        load_network(tmp_path / "a.tflite", CPU)
+    path = export(model, "torchscript", tmp_path)
+    with pytest.raises(ValueError, match="leave --half away"):
+        load_network(path, CPU, half=True)
+    assert [is_exported(name) for name in ("a.pt", "a.onnx", "b_openvino_model", "yolov5s")] == [
+        False, True, True, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("a.onnx", "onnxruntime"), ("a_openvino_model", "openvino")]
+)
+def test_a_missing_package_is_named(monkeypatch, tmp_path, name, package):
+    hide(monkeypatch, package)
+    (tmp_path / name).touch()
+    message = rf"{name}: needs {package}: pip install -r requirements-export.txt"
+    with pytest.raises(ValueError, match=message):
+        load_network(tmp_path / name, CPU)
+
+
+def hide(monkeypatch, *packages):
+    """Let imports of these fail as if they were not installed."""
+    real = importlib.import_module
+
+    def fake(name):
+        if name.partition(".")[0] in packages:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
+        return real(name)
+
+    monkeypatch.setattr(backends.importlib, "import_module", fake)
+
+
+def test_a_package_that_does_not_load(monkeypatch):
+    def fake(name):
+        raise ImportError("libfoo.so.3: no such file")
+
+    monkeypatch.setattr(backends.importlib, "import_module", fake)
+    with pytest.raises(ValueError, match=r"onnxruntime does not load here \(libfoo"):
+        import_runtime("onnxruntime", "x.onnx")
+
+
+# ------------------------------------------------------------------------------------ TensorRT
+class FakeTensorrt:
+    """As much of TensorRT as the writer calls; the engine is what it read."""
+
+    __version__ = "10.0"
+    NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
+    fails = False
+
+    class Logger:
+        WARNING = 1
+
+        def __init__(self, level):
+            pass
+
+    class Builder:
+        def __init__(self, logger):
+            pass
+
+        def create_network(self, flags):
+            return {"flags": flags}
+
+        def create_builder_config(self):
+            return None
+
+        def build_serialized_network(self, network, config):
+            return network["content"]
+
+    class OnnxParser:
+        num_errors = 1
+
+        def __init__(self, network, logger):
+            self.network = network
+
+        def parse_from_file(self, path):
+            with open(path, "rb") as file:  # noqa: PTH123
+                self.network["content"] = file.read()
+            return bool(self.network["content"])
+
+        def get_error(self, number):
+            return "no nodes"
+
+
+def test_engine_files_begin_with_the_metadata(monkeypatch, tmp_path, model):
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", FakeTensorrt)
+    (tmp_path / "a.onnx").write_bytes(b"graph")
+    metadata = facts(model)
+    write_engine(tmp_path / "a.onnx", metadata, tmp_path / "a.engine")
+    content = (tmp_path / "a.engine").read_bytes()
+    (length,) = ENGINE_LENGTH.unpack_from(content)
+    text = metadata_from_json(content[4 : 4 + length], tmp_path)
+    assert ExportMetadata.from_text(text, "a.engine") == metadata
+    assert content[4 + length :] == b"graph"
+    (tmp_path / "a.onnx").write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot read the network: no nodes"):
+        write_engine(tmp_path / "a.onnx", metadata, tmp_path / "b.engine")
+
+
+def test_an_engine_needs_a_gpu(tmp_path):
+    (tmp_path / "a.engine").touch()
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU, not cpu"):
+        load_network(tmp_path / "a.engine", CPU)

@@ -1,0 +1,406 @@
+"""Where pictures come from: image files, videos, cameras, streams.
+
+`find_sources` says what the text of `--source` means, `FrameReader` yields the pictures one by one.
+What cannot be read is logged, kept in `problems`, and passed over.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import logging
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import cv2
+import numpy as np
+
+from utils.image_files import IMAGE_SUFFIXES, is_image_name, read_image, silent_decoder
+
+LOGGER = logging.getLogger(__name__)
+
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"}
+    | {".mts", ".m2ts", ".3gp", ".ogv", ".asf", ".gif"}
+)
+EXPECTED = (
+    "an image, a video, a folder of these, a 'pattern*.jpg', a .txt list, a camera number or the "
+    "address of a stream"
+)
+SCHEMES = frozenset({"rtsp", "rtsps", "rtmp", "http", "https", "tcp", "udp", "rtp", "srt"})
+
+RECONNECT_WAITS_S = (1.0, 2.0, 4.0)  # before each attempt to get a lost stream back
+STREAM_TIMEOUT_MS = 10_000  # silence after which a stream counts as lost
+MAX_BROKEN = 500  # frames in a row: then the rest of a video is lost
+MAX_BROKEN_LIVE = 3  # failures in a row: then a stream is lost
+FALLBACK_FPS = 25.0  # where a camera or a file does not say
+
+
+class Sources(NamedTuple):
+    """Either files, or one camera number or stream address."""
+
+    files: tuple[Path, ...] = ()
+    address: str | int | None = None
+
+    @property
+    def has_clips(self) -> bool:
+        """Whether there is anything else than image files."""
+        return self.address is not None or not all(is_image_name(p.name) for p in self.files)
+
+
+class Frame(NamedTuple):
+    """A picture and where it is from."""
+
+    image: np.ndarray  # uint8 BGR [H, W, 3]
+    origin: str  # the file or, without passwords, the address
+    number: int | None = None  # in a video or stream, from 1; None: an image file
+    fps: float = 0.0  # at which its video shows these frames: 1 / n of its own for every n-th
+    time_s: float | None = None  # of a stream: when it came, since the first one
+    is_repeat: bool = False  # a copy of the picture before, for a frame that cannot be decoded
+
+
+# ----------------------------------------------------------------------------------- what is there
+def find_sources(text: str) -> Sources:
+    """Say what `--source` means.
+
+    Args:
+        text: a camera number, the address of a stream, an image or video file, a folder (without
+            its subfolders), a pattern with `*`, `?` or `**`, or a `.txt` list of files, one a line,
+            relative to the list's folder or failing that to the working directory.
+
+    Raises:
+        FileNotFoundError: there is no such file, or nothing fits the pattern.
+        ValueError: there is neither an image nor a video in it.
+    """
+    path = Path(text).expanduser()
+    if text.isdecimal() and not path.exists():
+        return Sources(address=int(text))
+    if "://" in text:
+        scheme = urlsplit(text).scheme.lower()
+        if scheme not in SCHEMES:
+            known = ", ".join(sorted(SCHEMES))
+            raise ValueError(f"{text}: unknown kind of address {scheme}://; known are {known}")
+        return Sources(address=text)
+    if path.is_dir():
+        return Sources(_media_in(path))
+    if path.is_file():
+        if path.suffix.lower() == ".txt":
+            return Sources(_read_list(path))
+        if not is_media(path):
+            raise ValueError(f"{path}: neither an image nor a video; expected {EXPECTED}")
+        return Sources((path,))
+    if glob.has_magic(text):
+        found = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207 (takes absolute patterns)
+        if not found:
+            raise FileNotFoundError(f"{text}: no file fits this pattern")
+        return Sources(_only_media(found, text))
+    raise FileNotFoundError(f"{text}: no such file or folder; expected {EXPECTED}")
+
+
+def is_media(path: Path) -> bool:
+    """Whether the suffix is that of an image or a video."""
+    is_video = path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".")
+    return is_video or is_image_name(path.name)
+
+
+def _media_in(folder: Path) -> tuple[Path, ...]:
+    found = sorted(path for path in folder.iterdir() if path.is_file())
+    if not any(map(is_media, found)) and any(is_media(path) for path in folder.rglob("*")):
+        raise ValueError(
+            f"{folder}: has images and videos in subfolders only; for these: '{folder}/**/*'"
+        )
+    return _only_media(found, str(folder))
+
+
+def _only_media(found: list[Path], where: str) -> tuple[Path, ...]:
+    media = tuple(path for path in found if is_media(path) and path.is_file())
+    if not media:
+        suffixes = " ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
+        raise ValueError(f"{where}: no image and no video there; expected files of {suffixes}")
+    return media
+
+
+def _read_list(source: Path) -> tuple[Path, ...]:
+    try:
+        lines = source.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not a text file in UTF-8: {error}") from None
+    paths = []
+    for number, line in enumerate(lines, 1):
+        entry = line.strip()
+        if not entry:
+            continue
+        path = source.parent / Path(entry).expanduser()
+        if not is_media(path):
+            raise ValueError(
+                f"{source}:{number}: {entry!r} has no suffix of an image or video; a stream or a "
+                "camera must be the only --source"
+            )
+        paths.append(Path(entry) if not path.exists() and Path(entry).exists() else path)
+    if not paths:
+        raise ValueError(f"{source}: an empty list; expected the path of an image or video a line")
+    return tuple(dict.fromkeys(paths))
+
+
+def describe_address(address: str | int) -> str:
+    """A camera or stream as it may be shown: without user, password, and what follows a `?`."""
+    if isinstance(address, int):
+        return f"camera {address}"
+    return re.sub(r"//[^/@]*@", "//", address.partition("?")[0])
+
+
+# ----------------------------------------------------------------------------------------- reading
+class FrameReader:
+    """Yields the pictures of all sources in order.
+
+    Files are read in the loop. A camera or a stream is read by a thread that keeps the newest frame
+    alone, so that no frame is old when it is looked at, however long the last one took.
+
+    Args:
+        sources: from `find_sources`.
+        vid_stride: of videos and streams, every n-th frame.
+
+    Raises:
+        OSError: the camera or stream cannot be opened.
+    """
+
+    def __init__(self, sources: Sources, vid_stride: int = 1) -> None:
+        self.sources, self.vid_stride = sources, vid_stride
+        self.problems: list[str] = []
+        self._live_capture: cv2.VideoCapture | None = None
+        if sources.address is not None:
+            self._live_capture = self._open_live(sources.address)  # or not: before a run begins
+
+    def count(self) -> int | None:
+        """How many pictures there will be, as far as the files say; None for a stream."""
+        if self.sources.address is not None:
+            return None
+        total = 0
+        for path in self.sources.files:
+            num_frames = 1
+            if not is_image_name(path.name):
+                capture = _open_capture(str(path))
+                num_frames = max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
+                capture.release()
+            total += math.ceil(num_frames / self.vid_stride)
+        return total
+
+    def __iter__(self) -> Generator[Frame, None, None]:
+        address = self.sources.address
+        if address is not None:
+            yield from self._live(address)
+        for path in self.sources.files:
+            if is_image_name(path.name):
+                yield from self._image(path)
+            else:
+                yield from self._video_file(path)
+
+    def _report(self, problem: str) -> None:
+        LOGGER.warning("passed over: %s", problem)
+        self.problems.append(problem)
+
+    def _image(self, path: Path) -> Iterator[Frame]:
+        try:
+            with silent_decoder():
+                image = read_image(path)
+        except OSError as error:
+            self._report(f"{path}: {error.strerror}" if error.strerror else str(error))
+        else:
+            yield Frame(image, str(path))
+
+    def _video_file(self, path: Path) -> Iterator[Frame]:
+        capture = _open_capture(str(path))
+        try:
+            if capture.isOpened():
+                yield from self._video(capture, str(path))
+            else:
+                self._report(f"{path}: not a video, or a damaged one")
+        finally:
+            capture.release()
+
+    def _open_live(self, address: str | int) -> cv2.VideoCapture:
+        capture = _open_capture(address)
+        if not capture.isOpened():
+            raise OSError(
+                f"{describe_address(address)}: cannot be opened; expected a camera or a stream "
+                "that is on"
+            )
+        return capture
+
+    def _live(self, address: str | int) -> Iterator[Frame]:
+        origin = describe_address(address)
+        capture = self._live_capture or self._open_live(address)
+        self._live_capture = None
+        if capture.get(cv2.CAP_PROP_FRAME_COUNT) > 1:  # it has an end: a file elsewhere
+            try:
+                yield from self._video(capture, origin)
+            finally:
+                capture.release()
+        else:
+            yield from self._stream(capture, address, origin)
+
+    def _video(self, capture: cv2.VideoCapture, origin: str) -> Iterator[Frame]:
+        """All frames; a copy of its neighbour stands in for one that is broken, for the length."""
+        stated = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        fps = _frame_rate(capture) / self.vid_stride
+        last: Frame | None = None
+        broken: list[int] = []  # numbers in a row, up to now
+        owed: list[int] = []  # numbers of copies that are due
+        for number in itertools.count(1):
+            is_due = (number - 1) % self.vid_stride == 0
+            image = _next_image(capture, decode=is_due)
+            if image is None:
+                broken.append(number)
+                if number >= stated or len(broken) >= MAX_BROKEN:
+                    break
+                continue
+            if broken:
+                self._report(f"{origin}: {_span(broken)} cannot be decoded")
+                owed += [n for n in broken if (n - 1) % self.vid_stride == 0]
+                broken = []
+            if is_due and last is None:
+                last = Frame(image, origin, number, fps)
+                yield last
+                is_due = False
+            if last is not None:
+                yield from (last._replace(number=due, is_repeat=True) for due in owed)
+                owed = []
+            if is_due:
+                last = Frame(image, origin, number, fps)
+                yield last
+        if last is None:
+            self._report(f"{origin}: no frame can be decoded")
+        elif len(broken) > 1 + stated // 50:  # some files only estimate how many there are
+            self._report(f"{origin}: ends after frame {broken[0] - 1} of {stated}")
+
+    def _stream(
+        self, capture: cv2.VideoCapture, address: str | int, origin: str
+    ) -> Iterator[Frame]:
+        fps = _frame_rate(capture) / self.vid_stride
+        newest = _NewestFrame(capture, address, origin, self.vid_stride)
+        try:
+            start = None
+            for number, came_at, image in newest:
+                start = came_at if start is None else start
+                yield Frame(image, origin, number, fps, came_at - start)
+            problem = f"{origin}: lost, {len(RECONNECT_WAITS_S)} attempts did not bring it back"
+            LOGGER.warning("%s", problem)
+            self.problems.append(problem)
+        finally:
+            newest.close()
+
+
+class _NewestFrame:
+    """Reads something live in a thread; iterating gives the newest frame, each at most once."""
+
+    def __init__(
+        self, capture: cv2.VideoCapture, address: str | int, origin: str, vid_stride: int
+    ) -> None:
+        self.address, self.origin, self.vid_stride = address, origin, vid_stride
+        self._capture = capture
+        self._changed = threading.Condition()
+        self._newest: tuple[int, float, np.ndarray] | None = None
+        self._ended = self._closed = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[int, float, np.ndarray]]:
+        """Number from 1, time in seconds, uint8 BGR [H, W, 3]; ends when the source is lost."""
+        while True:
+            with self._changed:
+                while self._newest is None and not self._ended:
+                    self._changed.wait(0.2)  # not for ever: Ctrl-C must get through on Windows
+                if self._newest is None:
+                    return
+                newest, self._newest = self._newest, None
+            yield newest
+
+    def close(self) -> None:
+        """Stop the thread, unless it hangs in a read: that ends by its own time limit."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(timeout=1)
+
+    def _run(self) -> None:
+        number = failures = attempts = 0
+        try:
+            while not self._closed:
+                image = _next_image(self._capture, decode=number % self.vid_stride == 0)
+                if image is not None:
+                    if failures and not attempts:
+                        LOGGER.warning("passed over: %s: a broken frame", self.origin)
+                    failures = attempts = 0
+                    number += 1
+                    if image.size:
+                        self._offer((number, time.monotonic(), image))
+                elif failures < MAX_BROKEN_LIVE:
+                    failures += 1
+                elif attempts < len(RECONNECT_WAITS_S):
+                    self._reconnect(RECONNECT_WAITS_S[attempts])
+                    attempts += 1
+                else:
+                    break
+        finally:
+            self._capture.release()
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def _offer(self, newest: tuple[int, float, np.ndarray]) -> None:
+        with self._changed:
+            self._newest = newest
+            self._changed.notify_all()
+
+    def _reconnect(self, wait_s: float) -> None:
+        LOGGER.warning("%s: lost; trying again in %g s", self.origin, wait_s)
+        self._capture.release()
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed, wait_s)
+        if not self._closed:
+            self._capture = _open_capture(self.address)
+
+
+def _open_capture(source: str | int) -> cv2.VideoCapture:
+    """A capture, opened or not; what is wrong with a source is for us to say, not for FFmpeg."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    with silent_decoder():
+        if isinstance(source, int):
+            return cv2.VideoCapture(source)
+        if "://" not in source:
+            return cv2.VideoCapture(source)
+        limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, STREAM_TIMEOUT_MS]
+        limits += [cv2.CAP_PROP_READ_TIMEOUT_MSEC, STREAM_TIMEOUT_MS]
+        return cv2.VideoCapture(source, cv2.CAP_FFMPEG, limits)
+
+
+def _next_image(capture: cv2.VideoCapture, *, decode: bool) -> np.ndarray | None:
+    """The next frame; an empty array for a whole one that need not be seen; None: a broken one."""
+    try:
+        if not capture.grab():
+            return None
+        if not decode:
+            return np.zeros((0, 0, 3), np.uint8)
+        is_whole, image = capture.retrieve()
+    except cv2.error:
+        return None
+    return image if is_whole and image is not None and image.size else None
+
+
+def _frame_rate(capture: cv2.VideoCapture) -> float:
+    """Frames per second as stated, if that can be."""
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    return fps if math.isfinite(fps) and 0.1 <= fps <= 1000 else FALLBACK_FPS
+
+
+def _span(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return f"frame {numbers[0]}"
+    return f"frames {numbers[0]} to {numbers[-1]}"
