@@ -3,6 +3,9 @@
 import dataclasses
 import importlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +28,7 @@ from utils.export_metadata import ExportMetadata
 from utils.exports import Exporter, NmsSettings, write_engine
 from utils.nms import non_max_suppression, split_detections
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 NAMES = ("disc", 'it\'s a "box"', "Stange é")
 RUNTIMES = {"onnx": ("onnx", "onnxruntime"), "torchscript": (), "openvino": ("onnx", "openvino")}
@@ -277,6 +281,23 @@ def test_foreign_files(model, tmp_path):
     torch.jit.save(script, tmp_path / "b.torchscript")
     with pytest.raises(ValueError, match=r"not written by export\.py"):
         load_network(tmp_path / "b.torchscript", CPU)
+
+
+def test_signals_reach_python_after_openvino_networks_are_gone(model, tmp_path):
+    """They once crashed it: freed memory was left behind as the stack for signals."""
+    path = export(model, "openvino", tmp_path)
+    code = """
+import signal, sys, torch
+from utils.backends import load_network
+first, second = (load_network(sys.argv[1], torch.device("cpu")) for _ in range(2))
+del first
+del second
+signal.signal(signal.SIGINT, lambda *_: print("heard"))
+signal.raise_signal(signal.SIGINT)
+"""
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
 
 
 def test_an_empty_openvino_folder(tmp_path):
