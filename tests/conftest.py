@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: a tiny network, a four-image data set, the optional test data."""
 
 import os
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 cv2.setNumThreads(1)
+# What a shell runs in the background starts deaf to Ctrl-C, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class TinyDataset(NamedTuple):
