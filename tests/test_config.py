@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,15 @@ def write(path: Path, text: str) -> Path:
         ),
         pytest.param("a: !!python/object/apply:os.getcwd []\n", ":1: not valid YAML", id="code"),
         pytest.param("a: \x00\n", "not valid YAML", id="control character"),
+        pytest.param('a: 1\nb: !!int ""\n', ":2: not valid YAML: '' cannot be", id="empty int"),
+        pytest.param("a: !!bool x\n", ":1: not valid YAML: 'x' cannot be", id="wrong bool"),
+        pytest.param("a: !!timestamp x\n", ":1: not valid YAML: 'x'", id="wrong time"),
+        pytest.param("a: 2024-99-99\n", "'2024-99-99' cannot be read as timestamp", id="date"),
+        pytest.param(f"a: {'9' * 5000}\n", ":1: not valid YAML", id="5000 digits"),
+        pytest.param(f"a: 0x{'f' * 50}\n", "cannot be read as int", id="huge number"),
+        pytest.param(f"a: {'x' * 5000}\n", "more than 4096 characters", id="long text"),
+        pytest.param("[" * 1100, "nested too deeply", id="deep"),
+        pytest.param("a: &x [*x]\n", ":1: not valid YAML: it contains itself", id="self"),
     ],
 )
 def test_load_yaml_complains_with_file_and_line(tmp_path, text, complaint):
@@ -45,6 +55,30 @@ def test_load_yaml_complains_with_file_and_line(tmp_path, text, complaint):
         load_yaml(path)
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("step", ["[{}]", "{{<<: [{}]}}"], ids=["lists", "merged mappings"])
+def test_aliases_that_multiply_are_refused(tmp_path, step):
+    text = "a0: &a0 {x: 1}\n"
+    for level in range(12):  # 8 ** 12 values in 700 bytes
+        text += f"a{level + 1}: &a{level + 1} " + step.format(f"*a{level}, " * 8) + "\n"
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"x.yaml:\d+: not valid YAML: it holds more than 200000"):
+        load_yaml(write(tmp_path / "x.yaml", text))
+    assert time.process_time() - start < 1
+
+
+def test_plain_aliases_are_read(tmp_path):
+    path = write(tmp_path / "x.yaml", "train: &a [x, y]\nval: *a\n")
+    assert load_yaml(path) == {"train": ["x", "y"], "val": ["x", "y"]}
+
+
+def test_a_yaml_of_absurd_size_is_not_read(tmp_path):
+    path = tmp_path / "x.yaml"
+    with path.open("wb") as file:
+        file.truncate(10**12)  # sparse
+    with pytest.raises(OSError, match=r"x.yaml: 1000000000000 bytes"):
+        load_yaml(path)
 
 
 def test_load_yaml_of_nothing(tmp_path):
@@ -123,6 +157,7 @@ def test_saved_hyperparameters_load_again(tmp_path):
         pytest.param({"box": "big"}, "box = 'big': expected a number", id="text"),
         pytest.param({"box": "true"}, "box = True: expected a number", id="bool"),
         pytest.param({"box": ".nan"}, "box = nan: expected a number", id="nan"),
+        pytest.param({"box": f"{2**64 - 1}"}, "box = 18446744073709551615", id="huge"),
         pytest.param({"anchors": 0}, "anchors = 0: expected a whole number", id="anchors"),
     ],
 )
@@ -203,6 +238,11 @@ def test_names(tmp_path, names, expected):
         pytest.param({"val": "[a, 5]"}, ":3: val must be a folder", id="val number"),
         pytest.param({"path": "[a]"}, ":1: path", id="path list"),
         pytest.param({"download": 5}, ":5: download must be", id="download"),
+        pytest.param({"names": ..., "nc": 10**9}, ":4: nc = 1000000000", id="nc absurd"),
+        pytest.param({"names": "{.inf: a}"}, "must be class indices", id="infinite class"),
+        pytest.param({"path": '"a\\0b"'}, ":1: path = 'a\\x00b': no file", id="path with a zero"),
+        pytest.param({"path": '"\\ud800"'}, ":1: path = '\\ud800': no file", id="path surrogate"),
+        pytest.param({"val": "x" * 300}, ":3: val = 'xxx", id="val too long"),
     ],
 )
 def test_dataset_spec_complains(tmp_path, changes, complaint):
@@ -210,6 +250,11 @@ def test_dataset_spec_complains(tmp_path, changes, complaint):
     with pytest.raises(ValueError, match=r"data\.yaml") as caught:
         load_dataset_spec(path, tmp_path)
     assert complaint in str(caught.value)
+
+
+def test_the_home_of_nobody_is_just_missing(tmp_path):
+    path = write(tmp_path / "data.yaml", dataset_text(path="~nobody-of-that-name/x"))
+    assert load_dataset_spec(path, tmp_path).missing()
 
 
 def test_paths_are_tried_at_the_project_then_beside_the_yaml(tmp_path):

@@ -10,7 +10,9 @@ import dataclasses
 import difflib
 import logging
 import math
+import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +20,15 @@ from typing import Any
 
 import yaml
 
+from utils.regular_file import open_regular
+
 LOGGER = logging.getLogger(__name__)
 
 DATASET_KEYS = ("path", "train", "val", "test", "nc", "names", "download")
+# Far beyond any real file: 20,000 class names are 40,000 nodes in less than a megabyte.
+MAX_YAML_BYTES = 2 << 20
+MAX_YAML_NODES = 200_000
+MAX_YAML_SCALAR = 4096  # characters
 # Keys that labelling services and other trainers add to a data set file; they mean nothing here.
 FOREIGN_DATASET_KEYS = frozenset(
     {"author", "channels", "colors", "contact", "date", "description", "flip_idx", "info"}
@@ -33,8 +41,32 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML 1.1 loader that reads `1e-3` as a number and `yes`, `no`, `on`, `off` as text.
 
     Plain YAML 1.1 does the opposite of both: learning rates become strings and a class called
-    `no` becomes False. A key given twice in one mapping is an error instead of a silent choice.
+    `no` becomes False. A key given twice in one mapping is an error instead of a silent choice,
+    and so are values that PyYAML itself trips over (`!!int ""`), and aliases that would unfold to
+    more than `MAX_YAML_NODES`.
     """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _unfolded_size(node, {})
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+            is_good = not isinstance(value, int) or value.bit_length() <= 64
+        except (ValueError, OverflowError, LookupError, AttributeError):
+            is_good = False
+        if not is_good:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"{str(node.value)[:40]!r} cannot be read as {kind}; if text is meant, quote it",
+                node.start_mark,
+            )
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()
@@ -48,6 +80,33 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _unfolded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Nodes below and with this one, counting aliases as what they stand for.
+
+    Raises:
+        yaml.YAMLError: there are too many of them, a value is too long, or one holds itself.
+    """
+    if id(node) not in sizes:
+        sizes[id(node)] = 0  # until it is known
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            children = node.value
+        elif isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        elif len(node.value) > MAX_YAML_SCALAR:
+            raise _refusal(f"a value of more than {MAX_YAML_SCALAR} characters", node)
+        sizes[id(node)] = 1 + sum(_unfolded_size(child, sizes) for child in children)
+    if not sizes[id(node)]:
+        raise _refusal("it contains itself", node)
+    if sizes[id(node)] > MAX_YAML_NODES:
+        raise _refusal(f"it holds more than {MAX_YAML_NODES} values", node)
+    return sizes[id(node)]
+
+
+def _refusal(reason: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.composer.ComposerError(None, None, reason, node.start_mark)
 
 
 _REPLACED_TAGS = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
@@ -72,21 +131,24 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping of plain data.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, it cannot be read or is too large.
         ValueError: the file is not YAML (with file and line), or not a mapping at its top.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    try:
+    with open_regular(path, MAX_YAML_BYTES) as file:
         # Bytes, not text: the YAML reader then sees byte order marks and reports bad encodings.
-        content = yaml.load(path.read_bytes(), Loader=_Loader)  # a SafeLoader
+        text = file.read()
+    try:
+        content = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise ValueError(f"{path}:{line}: not valid YAML: {error.problem or error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        is_deep = isinstance(error, RecursionError)
+        reason = "nested too deeply" if is_deep else " ".join(str(error).split())
         raise ValueError(f"{path}: not valid YAML: {reason}") from error
     if not isinstance(content, dict):
         kind = "empty" if content is None else f"a {type(content).__name__}"
@@ -110,6 +172,11 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
+def expand_home(path: str | Path) -> Path:
+    """`~/x` and `~user/x` with the folder they stand for; an unknown user's is left as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises RuntimeError)
+
+
 def find_config(name: str | Path, folders: Sequence[str | Path], root: str | Path) -> Path:
     """Find a YAML file by path or by bare name.
 
@@ -126,7 +193,7 @@ def find_config(name: str | Path, folders: Sequence[str | Path], root: str | Pat
         FileNotFoundError: lists everything tried and the nearest names there are.
     """
     root = Path(root)
-    typed = Path(name).expanduser()
+    typed = expand_home(name)
     places = [root / folder for folder in folders]
     bases = [typed, root / typed, *(place / typed for place in places)]
     suffixes = [""] if typed.suffix in (".yaml", ".yml") else ["", ".yaml"]
@@ -202,7 +269,9 @@ def _is_integer(value: object) -> bool:
 
 
 def _check_number(entry: dataclasses.Field[Any], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Compared, not math.isfinite: that fails for whole numbers beyond any float.
+    if not is_number or not -math.inf < value < math.inf:  # type: ignore[operator]
         raise ValueError(f"{entry.name} = {value!r}: expected a number")
     low, high, low_open, high_open = entry.metadata["interval"]
     too_low = value <= low if low_open else value < low
@@ -338,9 +407,11 @@ def load_dataset_spec(path: str | Path, root: str | Path) -> DatasetSpec:
 
 def _parse_names(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     names, num_classes = values.get("names"), values.get("nc")
-    if num_classes is not None and not (_is_integer(num_classes) and num_classes >= 1):
+    if num_classes is not None and not (_is_integer(num_classes) and 1 <= num_classes <= 10**6):
         where = locate_key(path, "nc")
-        raise ValueError(f"{where}: nc = {num_classes!r}: expected a whole number from 1")
+        raise ValueError(
+            f"{where}: nc = {num_classes!r}: expected a whole number from 1 to 1000000"
+        )
     if names is None and num_classes is None:
         raise ValueError(f"{path}: key 'names' is missing: the class names, as list or mapping")
     if names is None and num_classes is not None:
@@ -356,7 +427,7 @@ def _parse_names(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
         raise ValueError(f"{where}: nc is {num_classes}, but there are {len(names)} names")
     names = tuple(str(name) for name in names)
     if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         LOGGER.warning("%s: class names used more than once: %s", where, ", ".join(twice))
     return names
 
@@ -365,7 +436,7 @@ def _names_from_mapping(names: Mapping[Any, Any], where: str) -> list[Any]:
     """`{0: a, 1: b}` -> `[a, b]`; the indices must be 0, 1, 2, ... without gaps."""
     try:
         by_index = {int(index): name for index, name in names.items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: the keys of names must be class indices") from error
     absent = [index for index in range(len(names)) if index not in by_index]
     if absent:
@@ -377,7 +448,7 @@ def _base_folders(folder: object, source: Path, root: Path) -> tuple[Path, ...]:
     """Folders the splits may be relative to: of the project, of the yaml."""
     if folder is not None and not isinstance(folder, str):
         raise ValueError(f"{locate_key(source, 'path')}: path = {folder!r}: expected a folder")
-    relative = Path(folder or "").expanduser()
+    relative = _as_path(folder or "", "path", source)
     bases = [_normal(root.absolute() / relative), _normal(source.parent / relative)]
     return tuple(dict.fromkeys(bases))
 
@@ -386,7 +457,7 @@ def _most_complete_first(bases: Sequence[Path], entries: Sequence[str]) -> tuple
     """Sort folders by how many of the entries are there; equal ones keep their order."""
 
     def completeness(base: Path) -> tuple[int, bool]:
-        return sum((base / Path(entry).expanduser()).exists() for entry in entries), base.is_dir()
+        return sum((base / expand_home(entry)).exists() for entry in entries), base.is_dir()
 
     return tuple(sorted(bases, key=completeness, reverse=True))
 
@@ -399,14 +470,33 @@ def _split_entries(values: Mapping[str, Any], split: str, source: Path) -> list[
     if not all(isinstance(entry, str) and entry for entry in entries):
         where = locate_key(source, split)
         raise ValueError(f"{where}: {split} must be a folder, a .txt list, or a list of those")
+    for entry in entries:
+        _as_path(entry, split, source)
     return entries
+
+
+def _as_path(text: str, key: str, source: Path) -> Path:
+    """The path that a yaml gives, if a path can be so.
+
+    Raises:
+        ValueError: names file, line and key.
+    """
+    path = expand_home(text)
+    try:
+        is_possible = "\0" not in text and all(len(os.fsencode(part)) < 256 for part in path.parts)
+    except UnicodeEncodeError:
+        is_possible = False
+    if not is_possible:
+        where = locate_key(source, key)
+        raise ValueError(f"{where}: {key} = {text[:60]!r}: no file or folder can have this name")
+    return path
 
 
 def _resolve_split(
     entry: str, bases: Sequence[Path], only_first: bool, tried: dict[Path, tuple[Path, ...]]
 ) -> Path:
     """Where a split is, or would be; adds to `tried` where it might have been."""
-    relative = Path(entry).expanduser()
+    relative = expand_home(entry)
     candidates = tuple(dict.fromkeys(_normal(base / relative) for base in bases))
     eligible = candidates[:1] if only_first else candidates
     chosen = next((path for path in eligible if path.exists()), candidates[0])
