@@ -1,5 +1,11 @@
 """Image files: suffixes, orientation, kinds of pixels, damage."""
 
+import os
+import struct
+import subprocess
+import sys
+import time
+import zlib
 from pathlib import Path
 
 import cv2
@@ -143,6 +149,102 @@ def test_damaged_images_are_told(tmp_path, suffix, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(OSError, match=rf"a\{suffix}"):
         image_hw(path)
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(100_000)))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+
+
+def jpeg_bomb(width: int, height: int) -> bytes:
+    content = cv2.imencode(".jpg", picture(16, 16))[1].tobytes()
+    at = content.index(b"\xff\xc0") + 5
+    return content[:at] + struct.pack(">HH", height, width) + content[at + 4 :]
+
+
+def bmp_bomb(width: int, height: int) -> bytes:
+    content = cv2.imencode(".bmp", picture(16, 16))[1].tobytes()
+    return content[:18] + struct.pack("<ii", width, -height) + content[26:]
+
+
+def tiff_bomb(width: int, height: int, order: str = "<", is_big: bool = False) -> bytes:
+    """Only a directory with two entries."""
+    start = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}H", 43 if is_big else 42)
+    start += struct.pack(f"{order}HHQQ", 8, 0, 16, 2) if is_big else struct.pack(f"{order}IH", 8, 2)
+    entry, kind = (f"{order}HHQQ", 16) if is_big else (f"{order}HHII", 4)
+    sides = ((256, width), (257, height))
+    return start + b"".join(struct.pack(entry, tag, kind, 1, side) for tag, side in sides)
+
+
+def webp_bomb(kind: bytes) -> bytes:
+    """States the largest size there can be."""
+    start = b"RIFF\xff\xff\0\0WEBP" + kind + bytes(4)
+    return start + {
+        b"VP8X": bytes(4) + b"\xff" * 6,
+        b"VP8L": b"\x2f" + b"\xff" * 4 + bytes(9),
+    }.get(kind, bytes(6) + b"\xff\xff" * 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        pytest.param("a.jpg", jpeg_bomb(30000, 30000), "30000 x 30000 pixels, more", id="jpeg"),
+        pytest.param("a.jpg", jpeg_bomb(9000, 9000), "truncated JPEG file", id="short jpeg"),
+        pytest.param("a.png", png_bomb(32000, 32000), "32000 x 32000 pixels, more", id="png"),
+        pytest.param("a.jpg", png_bomb(32000, 32000), "32000 x 32000 pixels, more", id="as jpeg"),
+        pytest.param("a.png", png_bomb(0, 5), "0 x 5 pixels", id="empty png"),
+        pytest.param("a.bmp", bmp_bomb(30000, 20000), "30000 x 20000 pixels, more", id="bmp"),
+        pytest.param("a.webp", webp_bomb(b"VP8X"), "16777216 x 16777216 pixels", id="webp"),
+        pytest.param("a.webp", webp_bomb(b"VP8L"), "WebP|damaged", id="webp lossless"),
+        pytest.param("a.webp", webp_bomb(b"VP8 "), "WebP|damaged", id="webp lossy"),
+        pytest.param("a.tif", tiff_bomb(60000, 50000), "60000 x 50000 pixels, more", id="tiff"),
+        pytest.param("a.tif", tiff_bomb(60000, 50000, ">"), "60000 x 50000", id="tiff motorola"),
+        pytest.param("a.tif", tiff_bomb(2**40, 9, is_big=True), f"{2**40} x 9", id="big tiff"),
+        pytest.param("a.tif", b"II*\0\xff\xff\xff\xff", "not a whole", id="tiff without size"),
+        pytest.param("a.jpg", b"GIF89a" + bytes(50), "not a whole JPEG, PNG", id="gif as jpeg"),
+        pytest.param("a.png", b"P6 30000 30000 255\n", "not a whole JPEG, PNG", id="other format"),
+    ],
+)
+def test_bombs_and_strangers_take_neither_time_nor_memory(tmp_path, name, content, complaint):
+    path = tmp_path / name
+    path.write_bytes(content)
+    for function in (image_hw, read_image):
+        start = time.process_time()
+        with pytest.raises(OSError, match=complaint):
+            function(path)
+        assert time.process_time() - start < 0.5
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes in folders")
+@pytest.mark.parametrize("kind", ["pipe", "device", "huge"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+    path = tmp_path / "a.jpg"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 10**12)  # sparse
+    code = f"""
+from utils.image_files import image_hw, read_image
+for function in (image_hw, read_image):
+    try:
+        function({str(path)!r})
+    except OSError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    expected = "1000000000000 bytes" if kind == "huge" else "not a regular file"
+    assert done.stdout.count(expected) == 2
 
 
 def test_missing_image(tmp_path):

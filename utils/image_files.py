@@ -16,6 +16,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from utils.regular_file import open_regular
+
+# A small file can say that it has billions of pixels, which would be gigabytes in memory.
+MAX_PIXELS = 1 << 28
+MAX_FILE_BYTES = 1 << 30
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 # What `read_image` can divide the sides by, and how OpenCV calls it.
 REDUCTIONS = {
@@ -49,14 +54,15 @@ def read_image(path: str | Path, reduction: int = 1) -> np.ndarray:
             time. Other files have no such short cut and stay as they are.
 
     Raises:
-        OSError: the file cannot be read, is empty, or is not a whole image.
+        OSError: the file cannot be read, is empty or no whole image, or has absurdly many pixels.
     """
     # Not cv2.imread: it fails on file names outside the code page on Windows, and OpenCV 5.0
     # fails there on TIFF files with an orientation.
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (called for each of many images)
+    with open_regular(path, MAX_FILE_BYTES) as file:
         content = file.read()
     if not content:
         raise OSError(f"{path}: the file is empty")
+    _check_stated_size(path, _stated_wh(content), len(content), content.startswith(_JPEG_START))
     scale = REDUCTIONS[reduction if content.startswith(_JPEG_START) else 1]
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), scale)
@@ -77,7 +83,7 @@ def image_hw(path: str | Path) -> tuple[int, int]:
     Raises:
         OSError: as `read_image`.
     """
-    with Path(path).open("rb") as file:
+    with open_regular(path, MAX_FILE_BYTES) as file:
         head = file.read(_HEAD_BYTES)
         if not head.startswith(_JPEG_START):
             height, width = read_image(path).shape[:2]
@@ -91,8 +97,7 @@ def image_hw(path: str | Path) -> tuple[int, int]:
         height, width, orientation, pixels_at = header
         if not _jpeg_is_whole(file, pixels_at):
             raise OSError(f"{path}: a truncated JPEG file")
-    if height < 1 or width < 1:
-        raise OSError(f"{path}: a JPEG file of {width} x {height} pixels")
+        _check_stated_size(path, (width, height), file.seek(0, os.SEEK_END), is_jpeg=True)
     return (width, height) if orientation in _TURNED_BY_90_DEGREES else (height, width)
 
 
@@ -110,6 +115,85 @@ def silent_decoder() -> Iterator[None]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _check_stated_size(
+    path: str | Path, size_wh: tuple[int, int] | None, num_bytes: int, is_jpeg: bool
+) -> None:
+    """Refuse, before any memory is taken, what cannot be an image or cannot be handled.
+
+    Raises:
+        OSError: says what is wrong.
+    """
+    if size_wh is None:
+        raise OSError(f"{path}: not a whole JPEG, PNG, BMP, WebP or TIFF image")
+    width, height = size_wh
+    if width < 1 or height < 1:
+        raise OSError(f"{path}: an image of {width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise OSError(
+            f"{path}: says that it has {width} x {height} pixels, more than {MAX_PIXELS}; cut it "
+            "into tiles or remove it"
+        )
+    # A JPEG file has at least one bit for each block of 8 x 8 pixels.
+    if is_jpeg and width * height > 512 * num_bytes:
+        raise OSError(f"{path}: a truncated JPEG file, {num_bytes} bytes for {width} x {height}")
+
+
+def _stated_wh(content: bytes) -> tuple[int, int] | None:
+    """Width and height that an image file states; None where it states none that we know."""
+    try:
+        if content.startswith(_JPEG_START):
+            header = _jpeg_header(content)
+            return None if header is None else (header[1], header[0])
+        if content.startswith(b"\x89PNG\r\n\x1a\n"):
+            return struct.unpack_from(">II", content, 16)
+        if content.startswith(b"BM"):
+            is_old = struct.unpack_from("<I", content, 14) == (12,)
+            width, height = struct.unpack_from("<HH" if is_old else "<ii", content, 18)
+            return width, abs(height)  # negative: the rows go from top to bottom
+        if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+            return _webp_wh(content)
+        if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return _tiff_wh(content)
+    except (struct.error, OverflowError):  # the file ends before that
+        pass
+    return None
+
+
+def _webp_wh(content: bytes) -> tuple[int, int] | None:
+    kind = content[12:16]
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", content, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", content, 21)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8X" and len(content) >= 30:
+        width, height = (int.from_bytes(content[at : at + 3], "little") for at in (24, 27))
+        return width + 1, height + 1
+    return None
+
+
+def _tiff_wh(content: bytes) -> tuple[int, int] | None:
+    """From the first directory: tags 256 and 257, whole numbers of 2, 4 or (BigTIFF) 8 bytes."""
+    order = "<" if content.startswith(b"II") else ">"
+    is_big = b"+" in content[:4]
+    (at,) = struct.unpack_from(f"{order}Q" if is_big else f"{order}I", content, 8 if is_big else 4)
+    (num_entries,) = struct.unpack_from(f"{order}Q" if is_big else f"{order}H", content, at)
+    entry_bytes, value_at = (20, 12) if is_big else (12, 8)
+    at += 8 if is_big else 2
+    sides = {}
+    for entry in range(at, min(at + num_entries * entry_bytes, len(content)), entry_bytes):
+        tag, kind = struct.unpack_from(f"{order}HH", content, entry)
+        if tag in (256, 257) and kind in _TIFF_NUMBERS:
+            (sides[tag],) = struct.unpack_from(
+                order + _TIFF_NUMBERS[kind], content, entry + value_at
+            )
+    return (sides[256], sides[257]) if len(sides) == 2 else None
+
+
+_TIFF_NUMBERS = {3: "H", 4: "I", 16: "Q"}
 
 
 def _jpeg_header(head: bytes) -> tuple[int, int, int, int] | None:
