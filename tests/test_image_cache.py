@@ -97,6 +97,16 @@ def test_damaged_disk_cache_is_passed_over(tiny_dataset, split):
         assert torch.equal(dataset[0].image, expected)
     np.save(first, np.zeros((3, 3)))
     assert torch.equal(dataset[0].image, expected)
+    np.savez(first.with_suffix(""), image=np.zeros(3))  # NumPy opens it, whatever its suffix
+    first.with_suffix(".npz").replace(first)
+    assert torch.equal(dataset[0].image, expected)
+    with first.open("wb") as file:  # says that it holds 300 TB
+        shape = {"descr": "|u1", "fortran_order": False, "shape": (10**7, 10**7, 3)}
+        np.lib.format.write_array_header_1_0(file, shape)
+        file.write(bytes(48 * 64 * 3))
+    assert torch.equal(dataset[0].image, expected)
+    np.save(first, np.full((48, 64, 3), 7, np.uint8))
+    assert (dataset[0].image[:, 32, 32] == 7).all(), "a good one is read"
 
 
 def test_disk_cache_in_a_read_only_place(tiny_dataset, split, caplog):

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from utils.config import load_dataset_spec
 from utils.image_files import read_image
+from utils.regular_file import open_regular
 from utils.scan import find_images, label_path, parse_labels, scan_split
 
 NAMES = ("disc", "box", "bar")
@@ -65,6 +67,11 @@ def test_good_lines(text, rows):
         pytest.param("1 0.2 0.2 0.2 0.2 0.2 0.2", "no area", id="polygon of one point"),
         pytest.param("1 0.2 0.2 0.2 0.4 0.2 0.6", "no area", id="polygon of a line"),
         pytest.param("1 1.0009 0.5 0.0001 0.1", "no area", id="all outside"),
+        pytest.param("1_0 0.5 0.5 0.1 0.1", "'1_0' is not a number", id="underscore"),
+        pytest.param(
+            "1 0.5 0.5 0.2 \u0661", "'\u0661' is not a number", id="digits of other scripts"
+        ),
+        pytest.param("1 1e-60 0.5 1e-60 0.1", "no area", id="zero in float32"),
     ],
 )
 def test_bad_lines_are_reported_and_the_others_stay(line, complaint):
@@ -119,7 +126,7 @@ def test_find_images_in_lists(tmp_path, monkeypatch):
     (tmp_path / "cwd" / "here" / "c.jpg").write_bytes(b"")
     monkeypatch.chdir(tmp_path / "cwd")
     absolute = tmp_path / "x" / "a.jpg"
-    text = f"\ufeff./images/b.jpg\n\n{absolute}\r\nhere/c.jpg\n../up.png\n./labels/b.txt\n"
+    text = f"\ufeff./images/b.jpg\n\n{absolute}\r\nhere/c.jpg\n../up.png\n./labels/b.txt\na\0.jpg\n"
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.txt").write_text(text, encoding="utf-8")
     found, problems = find_images(tmp_path / "set" / "train.txt")
@@ -129,8 +136,73 @@ def test_find_images_in_lists(tmp_path, monkeypatch):
         str(tmp_path / "cwd" / "here" / "c.jpg"),
         str(tmp_path / "up.png"),
     ]
-    assert len(problems) == 1
+    assert len(problems) == 2
     assert "train.txt:6: './labels/b.txt'" in problems[0]
+    assert "train.txt:7: 'a\\x00.jpg' cannot be the name" in problems[1]
+
+
+def test_folders_nested_beyond_the_depth_of_python(tmp_path):
+    folder = tmp_path / "images" / "/".join("d" * 400)
+    os.makedirs(folder)  # noqa: PTH103 (mkdir is recursive)
+    (folder / "x.jpg").touch()
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(350)
+    try:
+        found, _ = find_images(tmp_path / "images")
+    finally:
+        sys.setrecursionlimit(limit)
+    assert [Path(name).name for name in found] == ["x.jpg"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "images" / "closed").mkdir(parents=True)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(OSError, match=r"images/closed: the folder cannot be read \(Permission"):
+        find_images(tmp_path / "images")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes in folders")
+def test_pipes_and_absurd_sizes_in_the_place_of_text(tiny_dataset):
+    labels = tiny_dataset.labels
+    (labels / "a.txt").unlink()
+    os.mkfifo(labels / "a.txt")
+    os.truncate(labels / "c.txt", 10**12)
+    report = scan_split([tiny_dataset.images], NAMES).report
+    assert report.num_bad_images == 2
+    assert "a.txt: labels cannot be read" in report.problems[0]
+    assert "not a regular file" in report.problems[0]
+    assert "1000000000000 bytes" in report.problems[1]
+    os.mkfifo(tiny_dataset.root / "list.txt")
+    with pytest.raises(OSError, match=r"list.txt: not a regular file"):
+        find_images(tiny_dataset.root / "list.txt")
+
+
+def test_unreadable_labels_are_not_taken_for_background(tiny_dataset, monkeypatch):
+    def refuse(path, max_bytes):
+        if str(path).endswith("a.txt"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_regular(path, max_bytes)
+
+    monkeypatch.setattr("utils.scan.open_regular", refuse)
+    split = scan_split([tiny_dataset.images], NAMES, cache=False)
+    assert len(split) == 3
+    assert "a.txt: labels cannot be read: " in split.report.problems[0]
+    assert "Permission denied" in split.report.problems[0]
+
+
+def test_line_ends_of_all_systems(tiny_dataset):
+    lines = ["0 0.5 0.5 0.2 0.2", "1 0.5 0.5 0.2 0.2", "2 0.5 0.5 0.2 0.2"]
+    (tiny_dataset.labels / "a.txt").write_bytes("\r".join(lines).encode())
+    (tiny_dataset.labels / "b.txt").write_bytes("\r\n".join(lines).encode())
+    split = scan_split([tiny_dataset.images], NAMES)
+    assert [len(rows) for rows in split.labels[:2]] == [3, 3]
 
 
 def test_find_images_complains(tmp_path):
@@ -190,6 +262,7 @@ def test_many_problems_are_cut_short(tiny_dataset, caplog):
     with caplog.at_level(logging.WARNING):
         split = scan_split([tiny_dataset.images], tiny_dataset.names)
     assert split.report.num_bad_lines == 500
+    assert len(parse_labels("x\n" * 5000, "a.txt", 3).problems) == 100, "or memory fills up"
     assert len(split.report.problems) == 100
     assert "... and 490 more problems" in caplog.text
 
@@ -304,6 +377,17 @@ def rewrite_cache(path: Path, **changes) -> None:
     np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
 
 
+def as_json(value) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def compress(path: Path) -> None:
+    """An archive that unfolds: a gigabyte of zeros would be a megabyte."""
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    np.savez_compressed(path, **arrays)
+
+
 DAMAGE = [
     pytest.param(lambda path: path.write_bytes(b""), id="empty"),
     pytest.param(lambda path: path.write_bytes(b"PK\x03\x04 nonsense"), id="nonsense"),
@@ -318,6 +402,18 @@ DAMAGE = [
     pytest.param(
         lambda path: rewrite_cache(path, header=np.array([{"format": 1}], object)), id="pickle"
     ),
+    pytest.param(lambda path: rewrite_cache(path, labels=np.full((6, 5), 7, "f4")), id="class 7"),
+    pytest.param(lambda path: rewrite_cache(path, labels=np.full((6, 5), np.nan, "f4")), id="nan"),
+    pytest.param(lambda path: rewrite_cache(path, labels=np.ones((6, 5), "f4")), id="outside"),
+    pytest.param(lambda path: rewrite_cache(path, usable=np.array([1, 0, 2, 3])), id="order"),
+    pytest.param(lambda path: rewrite_cache(path, usable=np.array([-4, 1, 2, 3])), id="negative"),
+    pytest.param(lambda path: rewrite_cache(path, shapes_hw=np.zeros((4, 2), int)), id="no size"),
+    pytest.param(
+        lambda path: rewrite_cache(path, report=as_json({"num_images": "4", "problems": []})),
+        id="counts",
+    ),
+    pytest.param(lambda path: rewrite_cache(path, report=as_json([])), id="report list"),
+    pytest.param(lambda path: compress(path), id="compressed"),
 ]
 
 

@@ -126,7 +126,7 @@ def _check_stated_size(
         OSError: says what is wrong.
     """
     if size_wh is None:
-        raise OSError(f"{path}: not a whole JPEG, PNG, BMP, WebP or TIFF image")
+        raise OSError(f"{path}: not an image; expected a whole JPEG, PNG, BMP, WebP or TIFF file")
     width, height = size_wh
     if width < 1 or height < 1:
         raise OSError(f"{path}: an image of {width} x {height} pixels")

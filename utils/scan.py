@@ -22,16 +22,21 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from utils.atomic import atomic_write
 from utils.image_files import image_hw, is_image_name, silent_decoder
+from utils.regular_file import open_regular
 
 LOGGER = logging.getLogger(__name__)
 
 COORDINATE_TOLERANCE = 0.001  # what rounding may put a normalised coordinate outside of [0, 1]
+LEAST_SIDE = 1e-9  # of a box; what is smaller would become 0 in float32
+MAX_LABEL_BYTES = 32 << 20  # of one file: ten thousand polygons of a hundred points are half of it
+MAX_LIST_BYTES = 4 << 30
+MAX_CACHE_BYTES = 1 << 40
 MAX_PROBLEMS_KEPT = 100
 MAX_PROBLEMS_LOGGED = 10
 _CACHE_FORMAT = 1
@@ -134,7 +139,8 @@ class LabelFile(NamedTuple):
 
     labels: np.ndarray  # float32 [n, 5]: class, cx, cy, w, h normalised
     segments: list[np.ndarray]  # per row float32 [k, 2]; k = 0 for a plain box
-    problems: list[str]  # one `where:line: what` per bad line
+    problems: list[str]  # `where:line: what`, the first of the bad lines
+    num_bad_lines: int
     num_duplicates: int
 
 
@@ -150,7 +156,7 @@ def parse_labels(text: str, where: str, num_classes: int | None) -> LabelFile:
     segments: list[np.ndarray] = []
     problems: list[str] = []
     seen: set[tuple[float, ...]] = set()
-    num_duplicates = 0
+    num_bad_lines = num_duplicates = 0
     for number, line in enumerate(text.split("\n"), start=1):
         fields = line.split()
         if not fields:
@@ -158,7 +164,9 @@ def parse_labels(text: str, where: str, num_classes: int | None) -> LabelFile:
         try:
             row, polygon = _parse_line(fields, num_classes)
         except ValueError as error:
-            problems.append(f"{where}:{number}: {error}")
+            num_bad_lines += 1
+            if len(problems) < MAX_PROBLEMS_KEPT:
+                problems.append(f"{where}:{number}: {error}")
             continue
         if row in seen:
             num_duplicates += 1
@@ -167,7 +175,7 @@ def parse_labels(text: str, where: str, num_classes: int | None) -> LabelFile:
         rows.append(row)
         segments.append(polygon)
     labels = np.array(rows, np.float32).reshape(-1, 5)
-    return LabelFile(labels, segments, problems, num_duplicates)
+    return LabelFile(labels, segments, problems, num_bad_lines, num_duplicates)
 
 
 def _parse_line(fields: list[str], num_classes: int | None) -> tuple[tuple[float, ...], np.ndarray]:
@@ -210,7 +218,10 @@ def _parse_number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise ValueError(f"{_short(text)!r} is not a number") from None
+        value = None
+    # Python reads 1_0 as 10, and digits of all scripts: neither was meant to be a number.
+    if value is None or "_" in text or not text.isascii():
+        raise ValueError(f"{_short(text)!r} is not a number")
     if not math.isfinite(value):
         raise ValueError(f"{_short(text)!r} is not a finite number")
     return value
@@ -227,7 +238,7 @@ def _box_inside_image(
     """The part of a box that lies in the image, as cx, cy, w, h."""
     if x1 < 0 or y1 < 0 or x2 > 1 or y2 > 1:
         x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, 1.0), min(y2, 1.0)
-    if x2 <= x1 or y2 <= y1:
+    if x2 - x1 < LEAST_SIDE or y2 - y1 < LEAST_SIDE:
         raise ValueError("the box has no area inside the image")
     return (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
 
@@ -250,7 +261,7 @@ def find_images(source: Path) -> tuple[list[str], list[str]]:
         ValueError: it is neither a folder nor a `.txt` list.
     """
     if source.is_dir():
-        return sorted(_walk_images(str(source.absolute()), set())), []
+        return sorted(_walk_images(str(source.absolute()))), []
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such folder or list of images")
     if source.suffix.lower() != ".txt":
@@ -258,21 +269,32 @@ def find_images(source: Path) -> tuple[list[str], list[str]]:
     return _read_list(source)
 
 
-def _walk_images(folder: str, ancestors: set[str]) -> Iterable[str]:
-    real = os.path.realpath(folder)
-    if real in ancestors:  # a link that leads back up
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _walk_images(entry.path, ancestors | {real})
-            elif is_image_name(entry.name):
-                yield entry.path
+def _walk_images(folder: str) -> Iterable[str]:
+    """Image files in a folder and all below it, in any order."""
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
+    while waiting:
+        folder, ancestors = waiting.pop()
+        try:
+            status = os.stat(folder)  # noqa: PTH116 (see is_image_name)
+            real = status.st_dev, status.st_ino
+            if real in ancestors:  # a link that leads back up
+                continue
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        waiting.append((entry.path, ancestors | {real}))
+                    elif is_image_name(entry.name):
+                        yield entry.path
+        except OSError as error:
+            raise OSError(
+                f"{folder}: the folder cannot be read ({error.strerror}); give yourself the "
+                "permission, or connect its drive again"
+            ) from None
 
 
 def _read_list(source: Path) -> tuple[list[str], list[str]]:
     try:
-        lines = source.read_text(encoding="utf-8-sig").split("\n")
+        lines = _read_text(source, MAX_LIST_BYTES).split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not a text file in UTF-8: {error}") from error
     paths, problems = [], []
@@ -282,13 +304,23 @@ def _read_list(source: Path) -> tuple[list[str], list[str]]:
         if not entry:
             continue
         if not is_image_name(os.path.basename(entry)):  # noqa: PTH119 (see is_image_name)
-            problems.append(f"{source}:{number}: {entry!r} has no suffix of an image")
+            problems.append(f"{source}:{number}: {_short(entry)!r} has no suffix of an image")
+            continue
+        if "\0" in entry:
+            problems.append(f"{source}:{number}: {_short(entry)!r} cannot be the name of a file")
             continue
         path = os.path.normpath(os.path.join(base, entry))  # noqa: PTH118 (as above)
         if not os.path.exists(path) and os.path.exists(entry):  # noqa: PTH110 (as above)
             path = os.path.abspath(entry)  # noqa: PTH100 (as above)
         paths.append(path)
     return paths, problems
+
+
+def _read_text(path: str | Path, max_bytes: int) -> str:
+    """A text file in UTF-8, with any kind of line ends."""
+    with open_regular(path, max_bytes) as file:
+        text = file.read().decode("utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def label_path(image: str) -> str:
@@ -312,7 +344,7 @@ def _scan_image(image: str, num_classes: int | None) -> _Scanned:
         return _Scanned(None, None, _describe(error, image))
     labels = label_path(image)
     try:
-        text = Path(labels).read_text(encoding="utf-8-sig")
+        text = _read_text(labels, MAX_LABEL_BYTES)
     except FileNotFoundError:
         return _Scanned(hw, None, None)
     except (OSError, UnicodeDecodeError) as error:
@@ -410,7 +442,7 @@ def _scan_all(found: list[str], num_classes: int | None, workers: int) -> Split:
         num_backgrounds=sum(not file or not len(file.labels) for file in files),
         num_missing_labels=sum(file is None for file in files),
         num_bad_images=len(found) - len(good),
-        num_bad_lines=sum(len(file.problems) for file in files if file),
+        num_bad_lines=sum(file.num_bad_lines for file in files if file),
         num_duplicate_boxes=sum(file.num_duplicates for file in files if file),
         problems=tuple(problems[:MAX_PROBLEMS_KEPT]),
     )
@@ -526,7 +558,7 @@ def _load_cache(
 ) -> Split | None:
     """The cached split; None if there is none, files have changed, or it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with _open_cache(path) as opened, np.load(opened, allow_pickle=False) as file:
             header = json.loads(file["header"].tobytes())
             if header != {"format": _CACHE_FORMAT, "num_classes": num_classes}:
                 return None
@@ -534,7 +566,8 @@ def _load_cache(
                 return None
             if json.loads(file["found"].tobytes()) != found:
                 return None
-            return _unpack_cache({name: file[name] for name in file.files}, found)
+            arrays = {name: file[name] for name in file.files}
+            return _unpack_cache(arrays, found, num_classes)
     except FileNotFoundError:
         return None
     except (
@@ -545,31 +578,73 @@ def _load_cache(
         return None
 
 
-def _unpack_cache(arrays: dict[str, np.ndarray], found: list[str]) -> Split:
-    usable = arrays["usable"]
+def _open_cache(path: Path) -> BinaryIO:
+    """The file, if it is an archive as `np.savez` writes them, which cannot unfold to more."""
+    file = open_regular(path, MAX_CACHE_BYTES)
+    try:
+        members = zipfile.ZipFile(file).infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("its parts are compressed")
+        if sum(member.file_size for member in members) > file.seek(0, os.SEEK_END):
+            raise ValueError("its parts overlap")
+    except BaseException:
+        file.close()
+        raise
+    file.seek(0)
+    return file
+
+
+def _unpack_cache(
+    arrays: dict[str, np.ndarray], found: list[str], num_classes: int | None
+) -> Split:
+    usable, shapes_hw = arrays["usable"], arrays["shapes_hw"]
     labels = RaggedRows(arrays["labels"], arrays["label_offsets"])
     polygons = RaggedRows(arrays["points"], arrays["point_offsets"])
     is_consistent = (
-        len(labels) == len(usable) == len(arrays["shapes_hw"])
+        len(labels) == len(usable) == len(shapes_hw)
         and len(polygons) == len(labels.flat)
         and labels.flat.shape[1:] == (5,)
         and labels.flat.dtype == polygons.flat.dtype == np.float32
         and polygons.flat.shape[1:] == (2,)
-        and arrays["shapes_hw"].shape[1:] == (2,)
+        and shapes_hw.shape[1:] == (2,)
+        and usable.dtype == shapes_hw.dtype == np.int64
         and all(_are_offsets(rows.offsets, len(rows.flat)) for rows in (labels, polygons))
     )
     if not is_consistent:
         raise ValueError("its parts do not fit together")
+    most = _MAX_CLASS if num_classes is None else num_classes - 1
+    is_possible = (
+        bool((np.diff(usable, prepend=-1, append=len(found)) > 0).all())
+        and bool((shapes_hw >= 1).all())
+        and _are_labels(labels.flat, most)
+        and bool(((polygons.flat >= 0) & (polygons.flat <= 1)).all())
+    )
     report = json.loads(arrays["report"].tobytes())
-    report["problems"] = tuple(report["problems"])
+    problems = tuple(report.pop("problems"))
+    is_possible &= all(isinstance(problem, str) for problem in problems)
+    is_possible &= all(isinstance(count, int) and count >= 0 for count in report.values())
+    if not is_possible:
+        raise ValueError("it holds values that no scan gives")
     return Split(
         paths=tuple(found[index] for index in usable),
         labels=labels,
         segments=SegmentRows(polygons, labels.offsets),
-        shapes_hw=arrays["shapes_hw"],
-        report=ScanReport(**report),
+        shapes_hw=shapes_hw,
+        report=ScanReport(**report, problems=problems),
     )
 
 
 def _are_offsets(offsets: np.ndarray, total: int) -> bool:
-    return bool(offsets[0] == 0 and offsets[-1] == total and (np.diff(offsets) >= 0).all())
+    is_list = offsets.ndim == 1 and offsets.dtype == np.int64
+    return is_list and bool(
+        offsets[0] == 0 and offsets[-1] == total and (np.diff(offsets) >= 0).all()
+    )
+
+
+def _are_labels(rows: np.ndarray, most: float) -> bool:
+    """Whether rows [n, 5] are classes up to `most` and boxes inside the image."""
+    cls, centres, sides = rows[:, 0], rows[:, 1:3], rows[:, 3:5]
+    reach = np.abs(centres - 0.5) + sides / 2
+    is_class = (cls >= 0) & (cls <= most) & (cls == np.floor(cls))
+    is_box = ((sides > 0) & (reach < 0.5 + 1e-6)).all(1)  # not for NaN
+    return bool((is_class & is_box).all())
