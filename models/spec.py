@@ -13,6 +13,13 @@ REQUIRED_KEYS = ("nc", "depth_multiple", "width_multiple", "anchors", "backbone"
 OPTIONAL_KEYS = ("widths", "activation", "ch")
 
 
+# Beyond these a description is a mistake or an attack.
+MAX_CLASSES = 1 << 16
+MAX_ROWS = 1000
+MAX_SOURCES = 64  # of one row
+MAX_ANCHORS = 32  # of one level
+
+
 class Row(NamedTuple):
     """One line of `backbone` or `head`."""
 
@@ -63,7 +70,7 @@ class ModelSpec:
                 f"{source}: unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}"
             )
         return cls(
-            num_classes=_read_number(data, "nc", source, int, minimum=1),
+            num_classes=_read_number(data, "nc", source, int, minimum=1, most=MAX_CLASSES),
             depth_multiple=_read_number(data, "depth_multiple", source, float),
             width_multiple=_read_number(data, "width_multiple", source, float),
             anchors=_read_anchors(data["anchors"], source),
@@ -136,17 +143,24 @@ def _check_keys(data: Mapping[str, Any], source: str) -> None:
             near = difflib.get_close_matches(str(key), REQUIRED_KEYS + OPTIONAL_KEYS, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"{source}: unknown key {key!r}{hint}")
-    if data.get("ch", 3) != 3:
-        raise ValueError(f"{source}: ch is {data['ch']!r}, but images have 3 channels")
+    channels = data.get("ch", 3)
+    if not isinstance(channels, int) or channels != 3:
+        raise ValueError(f"{source}: ch is {channels!r}, but images have 3 channels")
 
 
 def _read_number(
-    data: Mapping[str, Any], key: str, source: str, kind: type, minimum: float = 0
+    data: Mapping[str, Any],
+    key: str,
+    source: str,
+    kind: type,
+    minimum: float = 0,
+    most: float = 1000,
 ) -> Any:
     value = data[key]
     accepted = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, accepted) or not minimum <= value < 1e6:
+    if isinstance(value, bool) or not isinstance(value, accepted) or not minimum <= value <= most:
         expected = f"a whole number from {minimum}" if kind is int else "a positive number"
+        expected += f" to {most}"
         raise ValueError(f"{source}: {key} is {value!r}, expected {expected}")
     if value == 0:
         raise ValueError(f"{source}: {key} is 0, expected a positive number")
@@ -155,8 +169,10 @@ def _read_number(
 
 def _read_list(data: Mapping[str, Any], key: str, source: str) -> list[Any]:
     value = data[key]
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{source}: {key} must be a list of rows [from, number, module, args]")
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_ROWS:
+        raise ValueError(
+            f"{source}: {key} must be a list of 1 to {MAX_ROWS} rows [from, number, module, args]"
+        )
     return value
 
 
@@ -165,7 +181,7 @@ def _read_row(row: Any, label: str) -> Row:
         raise ValueError(f"{label}: expected [from, number, module, args], found {row!r}")
     sources, number, module, args = row
     sources = (sources,) if isinstance(sources, int) else sources
-    if not isinstance(sources, (list, tuple)) or not sources:
+    if not isinstance(sources, (list, tuple)) or not 1 <= len(sources) <= MAX_SOURCES:
         raise ValueError(f"{label}: 'from' is {sources!r}, expected a row number or a list of them")
     if any(isinstance(s, bool) or not isinstance(s, int) for s in sources):
         raise ValueError(f"{label}: 'from' is {sources!r}, expected whole numbers")
@@ -190,6 +206,8 @@ def _read_anchors(anchors: Any, source: str) -> tuple[tuple[float, ...], ...] | 
         where = f"{source}: anchors of level {number}"
         if not isinstance(level, (list, tuple)) or len(level) < 2 or len(level) % 2:
             raise ValueError(f"{where}: {level!r}, expected pairs w, h, w, h, ...")
+        if len(level) > 2 * MAX_ANCHORS:
+            raise ValueError(f"{where}: {len(level) // 2} of them, at most {MAX_ANCHORS} are used")
         if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in level):
             raise ValueError(f"{where}: {level!r}, expected numbers")
         if not all(0 < v < 1e6 for v in level):

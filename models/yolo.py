@@ -16,6 +16,15 @@ from models.blocks import C3, SPP, SPPF, Bottleneck, Concat, Conv
 from models.head import Detect
 from models.spec import ModelSpec, Row
 
+# Far beyond any detector: what is larger would fill the memory or never end, and is a mistake or
+# an attack. (yolov5x6 has 140 million weights, 300 convolutions and strides up to 64.)
+MAX_WEIGHTS = 1 << 29  # of all convolutions
+MAX_CONVS = 10_000
+MAX_REPEATS = 1000  # of one row
+MAX_CHANNELS = 1 << 16
+MAX_KERNEL = 99
+MAX_STRIDE = 512  # input pixels a cell
+
 
 class Feature(NamedTuple):
     """Output of a row while the network is being built."""
@@ -37,14 +46,14 @@ class Model(nn.Module):
     routes: tuple[tuple[int, ...], ...]
     max_stride: int
 
-    def __init__(self, spec: ModelSpec) -> None:
-        """Build the network with fresh weights.
+    def __init__(self, spec: ModelSpec, max_weights: int = MAX_WEIGHTS) -> None:
+        """Build the network with fresh weights; `max_weights` is where it stops before.
 
         Raises:
             ValueError: naming the file, the row and what is wrong in it.
         """
         super().__init__()
-        builder = _Builder(spec)
+        builder = _Builder(spec, max_weights)
         self.model = nn.Sequential(*builder.build())
         self.routes = tuple(builder.routes)
         self.max_stride = math.ceil(max(feature.stride for feature in builder.features))
@@ -99,11 +108,12 @@ class Model(nn.Module):
 class _Builder:
     """Turns the rows of one spec into modules, in order."""
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: ModelSpec, max_weights: int) -> None:
+        self.spec, self.max_weights = spec, min(max_weights, MAX_WEIGHTS)
         self.features: list[Feature] = []
         self.routes: list[tuple[int, ...]] = []
         self.used_widths: set[str] = set()
+        self.num_weights = 0
 
     def build(self) -> list[nn.Module]:
         modules = []
@@ -141,6 +151,8 @@ class _Builder:
         number = row.number
         if number > 1:
             number = max(round(number * self.spec.depth_multiple), 1)
+        if number > MAX_REPEATS:
+            raise ValueError(f"repeated {number} times; at most {MAX_REPEATS} make sense")
         self.routes.append(tuple(sources))
         return self._build_modules(build, str(index), inputs, number, row)
 
@@ -162,17 +174,39 @@ class _Builder:
                 parts.append(module)
                 inputs = [feature]
             module = nn.Sequential(*parts)
+        if feature.width > MAX_CHANNELS:
+            raise ValueError(f"gives {feature.width} channels; at most {MAX_CHANNELS} make sense")
+        if not 1 <= feature.stride <= MAX_STRIDE:
+            raise ValueError(
+                f"gives one cell for {feature.stride} pixels; only 1 to {MAX_STRIDE} make sense"
+            )
         self.features.append(feature)
         return module
 
-    def width(self, path: str, design: int) -> int:
+    def width(self, path: str, design: int, in_channels: int, kernel: int = 1) -> int:
         """Channels of the convolution at `path`: explicit, or `design` by the multiples."""
         self.used_widths.add(path)
-        return self.spec.widths.get(path, design)
+        width = self.spec.widths.get(path, design)
+        self.claim(in_channels, width, kernel)
+        return width
+
+    def claim(self, in_channels: int, out_channels: int, kernel: int = 1) -> None:
+        """Count a convolution before it takes memory.
+
+        Raises:
+            ValueError: there are too many of them, or of their weights.
+        """
+        self.num_weights += in_channels * out_channels * kernel**2
+        if self.num_weights > self.max_weights or len(self.used_widths) > MAX_CONVS:
+            raise ValueError(
+                f"up to here the network has {self.num_weights} weights in "
+                f"{len(self.used_widths)} convolutions; the limit is {self.max_weights} in "
+                f"{MAX_CONVS}"
+            )
 
     def scaled(self, channels: Any) -> int:
         """A channel argument times width_multiple, rounded up to a multiple of 8."""
-        channels = _positive("channels", channels)
+        channels = _positive("channels", channels, most=MAX_CHANNELS)
         return math.ceil(channels * self.spec.width_multiple / 8) * 8
 
     # One method a module name: (path, inputs, [number,] *yaml arguments) -> module, its output.
@@ -184,7 +218,7 @@ class _Builder:
         (x,), design = inputs, self.scaled(channels)
         kernel, stride = _positive("kernel", kernel), _positive("stride", stride)
         padding = None if _is_none(padding) else _positive("padding", padding, minimum=0)
-        width = self.width(path, design)
+        width = self.width(path, design, x.width, kernel)
         module = Conv(x.width, width, kernel, stride, padding, self.spec.activation)
         return module, Feature(design, width, x.stride * stride)
 
@@ -192,7 +226,8 @@ class _Builder:
         self, path: str, inputs: list[Feature], channels: Any, shortcut: Any = True
     ) -> tuple[nn.Module, Feature]:
         (x,), design = inputs, self.scaled(channels)
-        inner, outer = self.width(f"{path}.cv1", design // 2), self.width(f"{path}.cv2", design)
+        inner = self.width(f"{path}.cv1", design // 2, x.width)
+        outer = self.width(f"{path}.cv2", design, inner, 3)
         add = _flag("shortcut", shortcut) and x.design == design
         module = Bottleneck(x.width, inner, outer, add, self.spec.activation)
         return module, Feature(design, outer, x.stride)
@@ -202,12 +237,13 @@ class _Builder:
     ) -> tuple[nn.Module, Feature]:
         (x,), design = inputs, self.scaled(channels)
         hidden = design // 2
-        cv1, cv2 = (self.width(f"{path}.{part}", hidden) for part in ("cv1", "cv2"))
-        cv3 = self.width(f"{path}.cv3", design)
-        inner = [
-            (self.width(f"{path}.m.{n}.cv1", hidden), self.width(f"{path}.m.{n}.cv2", hidden))
-            for n in range(number)
-        ]
+        cv1, cv2 = (self.width(f"{path}.{part}", hidden, x.width) for part in ("cv1", "cv2"))
+        inner, last = [], cv1
+        for n in range(number):
+            first = self.width(f"{path}.m.{n}.cv1", hidden, last)
+            last = self.width(f"{path}.m.{n}.cv2", hidden, first, 3)
+            inner.append((first, last))
+        cv3 = self.width(f"{path}.cv3", design, last + cv2)
         shortcut = _flag("shortcut", shortcut)
         module = C3(x.width, cv1, cv2, cv3, inner, shortcut, self.spec.activation)
         return module, Feature(design, cv3, x.stride)
@@ -216,7 +252,8 @@ class _Builder:
         self, path: str, inputs: list[Feature], channels: Any, kernel: Any = 5
     ) -> tuple[nn.Module, Feature]:
         (x,), design = inputs, self.scaled(channels)
-        cv1, cv2 = self.width(f"{path}.cv1", x.design // 2), self.width(f"{path}.cv2", design)
+        cv1 = self.width(f"{path}.cv1", x.design // 2, x.width)
+        cv2 = self.width(f"{path}.cv2", design, cv1 * 4)
         module = SPPF(x.width, cv1, cv2, _odd("kernel", kernel), self.spec.activation)
         return module, Feature(design, cv2, x.stride)
 
@@ -224,9 +261,10 @@ class _Builder:
         self, path: str, inputs: list[Feature], channels: Any, kernels: Any = (5, 9, 13)
     ) -> tuple[nn.Module, Feature]:
         (x,), design = inputs, self.scaled(channels)
-        if not isinstance(kernels, (list, tuple)) or not kernels:
-            raise ValueError(f"kernels is {kernels!r}, expected a list of odd numbers")
-        cv1, cv2 = self.width(f"{path}.cv1", x.design // 2), self.width(f"{path}.cv2", design)
+        if not isinstance(kernels, (list, tuple)) or not 1 <= len(kernels) <= 16:
+            raise ValueError(f"kernels is {kernels!r}, expected a list of 1 to 16 odd numbers")
+        cv1 = self.width(f"{path}.cv1", x.design // 2, x.width)
+        cv2 = self.width(f"{path}.cv2", design, cv1 * (len(kernels) + 1))
         sizes = [_odd("kernels", kernel) for kernel in kernels]
         return SPP(x.width, cv1, cv2, sizes, self.spec.activation), Feature(design, cv2, x.stride)
 
@@ -274,6 +312,8 @@ class _Builder:
         if len(anchors_px) != len(inputs):
             raise ValueError(f"{len(inputs)} levels, but anchors for {len(anchors_px)}")
         widths = [x.width for x in inputs]
+        for width in widths:
+            self.claim(width, (5 + self.spec.num_classes) * (len(anchors_px[0]) // 2))
         return Detect(widths, self.spec.num_classes, anchors_px, strides), inputs[0]
 
 
@@ -307,9 +347,9 @@ def _is_none(value: Any) -> bool:
     return value is None or value == "None"  # yaml has no word None: `[None, 2]` holds a string
 
 
-def _positive(name: str, value: Any, minimum: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} is {value!r}, expected a whole number from {minimum}")
+def _positive(name: str, value: Any, minimum: int = 1, most: int = MAX_KERNEL) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= most:
+        raise ValueError(f"{name} is {value!r}, expected a whole number from {minimum} to {most}")
     return value
 
 

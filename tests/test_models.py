@@ -168,6 +168,49 @@ def test_wrong_rows_are_named(tiny_spec, case):
         assert word in str(caught.value)
 
 
+ABSURD = {
+    "depth": ({"depth_multiple": 10**9}, "depth_multiple is 1000000000"),
+    "infinite depth": ({"depth_multiple": float("inf")}, "depth_multiple is inf"),
+    "repeats": ({"depth_multiple": 900.0}, "row 4: repeated 1800 times; at most 1000"),
+    "width": ({"width_multiple": 1e9}, "width_multiple is 1000000000.0"),
+    "weights": ({"width_multiple": 900.0}, "weights in"),
+    "widths": ({"widths": {"1": 10**9}}, "weights in"),
+    "classes": ({"nc": 10**9}, "nc is 1000000000"),
+    "anchors": ({"anchors": [[1.0] * 10**6] * 2}, "500000 of them, at most 32"),
+    "rows": ({"head": [[-1, 1, "Conv", [8]]] * 2000}, "1 to 1000 rows"),
+    "channels": (0, [-1, 1, "Conv", [10**300]], "from 1 to 65536"),
+    "kernel": (0, [-1, 1, "Conv", [8, 10**9]], "kernel is 1000000000"),
+    "stride": (0, [-1, 1, "Conv", [8, 3, 10**9]], "stride is 1000000000"),
+    "strides": (1, [-1, 9, "nn.MaxPool2d", [2, 2]], "one cell for 1024 pixels"),
+    "padding": (0, [-1, 1, "Conv", [8, 3, 1, 10**9]], "padding is 1000000000"),
+    "number": (2, [-1, 1000, "C3", [9000]], "weights in"),
+    "upsampling": (1, [-1, 1, "nn.Upsample", [None, 64]], "one cell for 1/32 pixels"),
+    "kernels": (6, [-1, 1, "SPP", [32, [5] * 100]], "1 to 16 odd numbers"),
+    "sources": (1, [[0] * 100, 1, "Concat", [1]], "'from' is"),
+    "concat": (1, [[0] * 64, 1, "Concat", [1]], "at most 65536"),
+}
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_absurd_sizes_are_refused_before_they_take_memory(tiny_spec, case, monkeypatch):
+    *change, words = ABSURD[case]
+    data = tiny_spec | change[0] if len(change) == 1 else edit(tiny_spec, "backbone", *change)
+    if case == "concat":
+        data["backbone"][0] = [-1, 1, "Conv", [2048, 6, 2, 2]]
+    made = []
+    make = torch.nn.Conv2d.__init__
+
+    def count(self, in_channels, out_channels, kernel, *args, **kwargs):
+        made.append(in_channels * out_channels * kernel**2)
+        make(self, in_channels, out_channels, kernel, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "__init__", count)
+    with pytest.raises(ValueError, match=r"my\.yaml") as caught:
+        Model(ModelSpec.from_dict(data, "my.yaml"))
+    assert words in str(caught.value)
+    assert sum(made) < 3_000_000
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

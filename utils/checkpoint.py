@@ -14,7 +14,6 @@ Final files hold floating-point tensors in half precision.
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +25,13 @@ from models.spec import ModelSpec
 from models.yolo import Model
 from utils.atomic import atomic_write
 from utils.public_weights import read_public_weights
+from utils.torch_archive import foreign_names, load, plain_copy
 
 LOGGER = logging.getLogger(__name__)
 
 FORMAT = "yolov5-slim"
 FORMAT_VERSION = 1
+LITTLE = 1 << 22  # weights that may be allocated without asking how many the file holds
 
 
 class Detector(NamedTuple):
@@ -81,7 +82,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or not of this format.
     """
-    if not _is_plain(path):
+    path = Path(path)
+    if foreign_names(path):
         raise ValueError(
             f"{path}: holds pickled objects, so it is not a checkpoint of this toolkit; a public "
             "YOLOv5 file can be given as --weights"
@@ -90,12 +92,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _read_plain(path: Path) -> dict[str, Any]:
-    """The checked content of a file that `_is_plain`."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a readable checkpoint ({reason})") from None
+    """The checked content of a file without foreign names."""
+    content = plain_copy(load(path), path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this toolkit and not a public YOLOv5 file")
     if content.get("version") != FORMAT_VERSION:
@@ -106,7 +104,32 @@ def _read_plain(path: Path) -> dict[str, Any]:
     missing = {"spec", "names", "model"} - content.keys()
     if missing:
         raise ValueError(f"{path}: damaged checkpoint, {', '.join(sorted(missing))} missing")
+    wrong = [key for key, kind in _KINDS.items() if not isinstance(content.get(key), kind)]
+    wrong += [] if "model" in wrong or _are_tensors(content["model"]) else ["model"]
+    wrong += [] if "names" in wrong or _are_texts(content["names"]) else ["names"]
+    if wrong:
+        raise ValueError(f"{path}: damaged checkpoint, {', '.join(wrong)} of the wrong kind")
     return content
+
+
+_NOTHING = type(None)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "names": (list, tuple),
+    "model": (dict,),
+    "training": (dict, _NOTHING),
+    "epoch": (int, _NOTHING),
+    "fitness": (float, int, _NOTHING),
+    "options": (dict, _NOTHING),
+    "hyp": (dict, _NOTHING),
+}
+
+
+def _are_tensors(state_dict: Mapping[Any, Any]) -> bool:
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state_dict.items())
+
+
+def _are_texts(names: Sequence[Any]) -> bool:
+    return all(isinstance(name, str) for name in names)
 
 
 def load_detector(path: Path, device: torch.device | str = "cpu") -> Detector:
@@ -117,35 +140,24 @@ def load_detector(path: Path, device: torch.device | str = "cpu") -> Detector:
         ValueError: the file is damaged, refused, or its tensors do not fit its network.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights file")
-    if _is_plain(path):
+    if foreign_names(path):
+        content = {}
+        spec, names, state_dict = read_public_weights(path)
+    else:
         content = _read_plain(path)
         spec = ModelSpec.from_dict(content["spec"], str(path))
         names, state_dict = tuple(content["names"]), content["model"]
-    else:
-        content = {}
-        spec, names, state_dict = read_public_weights(path)
     if len(names) != spec.num_classes:
         raise ValueError(f"{path}: {len(names)} class names for {spec.num_classes} classes")
-    model = Model(spec)
+    # A file of a few bytes must not ask for a network of gigabytes.
+    num_values = sum(tensor.numel() for tensor in state_dict.values())
+    model = Model(spec, max_weights=max(2 * num_values, LITTLE))
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise ValueError(f"{path}: the tensors do not fit the network: {reason}") from None
     return Detector(model.eval().to(device), names, content)
-
-
-def _is_plain(path: Path) -> bool:
-    """Whether the file holds nothing but plain data and tensors."""
-    try:
-        return not torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).split(". ")[0].splitlines()[0] if str(error) else "empty"
-        raise ValueError(
-            f"{path}: not a checkpoint that torch.save writes, or a damaged one ({reason})"
-        ) from None
 
 
 def transfer_weights(

@@ -29,6 +29,7 @@ DATASET_KEYS = ("path", "train", "val", "test", "nc", "names", "download")
 MAX_YAML_BYTES = 2 << 20
 MAX_YAML_NODES = 200_000
 MAX_YAML_SCALAR = 4096  # characters
+MAX_CLASSES = 1 << 16  # as in models/spec.py
 # Keys that labelling services and other trainers add to a data set file; they mean nothing here.
 FOREIGN_DATASET_KEYS = frozenset(
     {"author", "channels", "colors", "contact", "date", "description", "flip_idx", "info"}
@@ -407,10 +408,12 @@ def load_dataset_spec(path: str | Path, root: str | Path) -> DatasetSpec:
 
 def _parse_names(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     names, num_classes = values.get("names"), values.get("nc")
-    if num_classes is not None and not (_is_integer(num_classes) and 1 <= num_classes <= 10**6):
+    if num_classes is not None and not (
+        _is_integer(num_classes) and 1 <= num_classes <= MAX_CLASSES
+    ):
         where = locate_key(path, "nc")
         raise ValueError(
-            f"{where}: nc = {num_classes!r}: expected a whole number from 1 to 1000000"
+            f"{where}: nc = {num_classes!r}: expected a whole number from 1 to {MAX_CLASSES}"
         )
     if names is None and num_classes is None:
         raise ValueError(f"{path}: key 'names' is missing: the class names, as list or mapping")

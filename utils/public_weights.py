@@ -9,8 +9,7 @@ is refused.
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from models.spec import OPTIONAL_KEYS, REQUIRED_KEYS, ModelSpec
+from utils.torch_archive import foreign_names, load, plain_copy
 
 # Modules of a YOLOv5 file, and what its training leaves beside them (fitness as a NumPy scalar,
 # options with paths). None of these is ever imported or called.
@@ -30,6 +30,7 @@ STAND_IN_PREFIXES = (
     "argparse.Namespace",
     "_codecs.encode",
 )
+MAX_MODULES = 100_000  # in a network, counting what is repeated as often as it is
 
 
 class PublicWeights(NamedTuple):
@@ -61,62 +62,71 @@ def read_public_weights(path: Path) -> PublicWeights:
         ValueError: the file is not such a checkpoint, or names something outside the allow-list.
     """
     content = _load_inert(path)
-    if not isinstance(content, Mapping) or not isinstance(
-        content.get("ema") or content.get("model"), _StandIn
-    ):
+    if not isinstance(content, dict):
         raise ValueError(f"{path}: not a YOLOv5 checkpoint, it holds no model")
-    module = content.get("ema") or content["model"]
+    content = {"ema": dict.get(content, "ema"), "model": dict.get(content, "model")}
+    module = content["ema"] if isinstance(content["ema"], _StandIn) else content["model"]
+    if not isinstance(module, _StandIn):
+        raise ValueError(f"{path}: not a YOLOv5 checkpoint, it holds no model")
+    state_dict = plain_copy(_state_dict(module, path), path)
     state_dict = {
         name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in _tensors(module, "", depth=0)
+        for name, tensor in state_dict.items()
     }
     spec = _read_spec(module, state_dict, path)
     return PublicWeights(spec, _read_names(module, spec, path), state_dict)
 
 
 def _load_inert(path: Path) -> Any:
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        unknown = [name for name in foreign if not name.startswith(STAND_IN_PREFIXES)]
-        if unknown:
-            raise ValueError(
-                f"{path}: refused, the file wants to call {', '.join(sorted(unknown)[:3])}, "
-                "which no YOLOv5 v6.0-v7.0 checkpoint needs; nothing of it was run"
-            )
-        with torch.serialization.safe_globals([(_StandIn, name) for name in foreign]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a readable torch checkpoint ({reason})") from None
+    foreign = foreign_names(path)
+    unknown = [name for name in foreign if not name.startswith(STAND_IN_PREFIXES)]
+    if unknown:
+        raise ValueError(
+            f"{path}: refused, the file wants to call {', '.join(unknown[:3])[:200]}, "
+            "which no YOLOv5 v6.0-v7.0 checkpoint needs; nothing of it was run"
+        )
+    return load(path, dict.fromkeys(foreign, _StandIn))
 
 
-def _tensors(module: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+def _state_dict(module: _StandIn, path: Path) -> dict[str, Tensor]:
     """Parameters and persistent buffers by state-dict name, as `Module.state_dict` orders them."""
-    if not isinstance(module, _StandIn) or depth > 20:
-        return
-    transient = _mapping_or_set(module, "_non_persistent_buffers_set")
-    for kind in ("_parameters", "_buffers"):
-        for name, tensor in dict(_mapping_or_set(module, kind)).items():
-            if isinstance(tensor, Tensor) and name not in transient and name != "anchor_grid":
-                yield prefix + name, tensor.detach()
-    for name, child in dict(_mapping_or_set(module, "_modules")).items():
-        yield from _tensors(child, f"{prefix}{name}.", depth + 1)
+    tensors: dict[str, Tensor] = {}
+    waiting = [("", module)]
+    num_seen = 0
+    while waiting:
+        prefix, module = waiting.pop()
+        num_seen += 1
+        if num_seen > MAX_MODULES or len(prefix) > 1000:
+            raise ValueError(f"{path}: refused, its modules are nested or repeated without end")
+        transient = module.__dict__.get("_non_persistent_buffers_set")
+        transient = transient if isinstance(transient, set) else set()
+        for kind in ("_parameters", "_buffers"):
+            for name, tensor in _items(module, kind):
+                if isinstance(tensor, Tensor) and name not in transient and name != "anchor_grid":
+                    tensors[prefix + name] = tensor.detach()
+        children = [(f"{prefix}{name}.", child) for name, child in _items(module, "_modules")]
+        waiting += [pair for pair in reversed(children) if isinstance(pair[1], _StandIn)]
+    return tensors
 
 
-def _mapping_or_set(module: _StandIn, attribute: str) -> Any:
+def _items(module: _StandIn, attribute: str) -> Iterator[tuple[str, Any]]:
     value = module.__dict__.get(attribute)
-    return value if isinstance(value, (Mapping, set)) else {}
+    if isinstance(value, dict):
+        yield from ((key, part) for key, part in dict.items(value) if isinstance(key, str))
 
 
-def _read_spec(module: _StandIn, state_dict: Mapping[str, Tensor], path: Path) -> ModelSpec:
+def _read_spec(module: _StandIn, state_dict: dict[str, Tensor], path: Path) -> ModelSpec:
     description = module.__dict__.get("yaml")
-    if not isinstance(description, Mapping):
+    if not isinstance(description, dict):
         raise ValueError(f"{path}: the checkpoint does not say which network it is (no yaml)")
-    known = {key: description[key] for key in REQUIRED_KEYS + OPTIONAL_KEYS if key in description}
+    wanted = REQUIRED_KEYS + OPTIONAL_KEYS
+    known = {key: value for key, value in dict.items(description) if key in wanted}
+    known = plain_copy(known, path)
     spec = ModelSpec.from_dict(known, str(path))
     anchors = [tensor for name, tensor in state_dict.items() if name.endswith(".anchors")]
-    stride = module.__dict__.get("stride")
-    if len(anchors) != 1 or not isinstance(stride, Tensor) or len(stride) != len(anchors[0]):
+    stride: Any = module.__dict__.get("stride")
+    is_stride = isinstance(stride, Tensor) and len(anchors) == 1
+    if not is_stride or (*stride.shape, 2) != anchors[0].shape[::2]:
         raise ValueError(f"{path}: anchors or strides are missing in the checkpoint")
     # The yaml keeps the anchors the training began with; the buffer those that it used.
     anchors_px = (anchors[0] * stride.float().view(-1, 1, 1)).flatten(1)
@@ -124,13 +134,14 @@ def _read_spec(module: _StandIn, state_dict: Mapping[str, Tensor], path: Path) -
         stated = torch.tensor(spec.anchors, dtype=torch.float32)
         if stated.shape == anchors_px.shape and torch.allclose(stated, anchors_px, rtol=2e-3):
             return spec
-    return spec.with_anchors(anchors_px.tolist())
+    return ModelSpec.from_dict({**known, "anchors": anchors_px.tolist()}, str(path))
 
 
 def _read_names(module: _StandIn, spec: ModelSpec, path: Path) -> tuple[str, ...]:
-    names = module.__dict__.get("names")
-    if isinstance(names, Mapping):
-        names = [names[key] for key in sorted(names)]
-    if not isinstance(names, (list, tuple)) or len(names) != spec.num_classes:
+    names = plain_copy(module.__dict__.get("names"), path)
+    if isinstance(names, dict):
+        names = [names.get(index) for index in range(len(names))]
+    is_list = isinstance(names, (list, tuple)) and len(names) == spec.num_classes
+    if not is_list or not all(isinstance(name, (str, int, float)) for name in names):
         raise ValueError(f"{path}: {spec.num_classes} classes, but the names do not match")
     return tuple(str(name) for name in names)
