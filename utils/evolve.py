@@ -149,27 +149,31 @@ def read_history(path: Path) -> list[Generation]:
     Raises:
         ValueError: names file, line and what is wrong.
     """
+    history: list[Generation] = []
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
-        history = []
-        for row in reader:
-            try:
-                history.append(_parse(row))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{path}:{reader.line_num}: not a row of a search ({error}); move the file "
-                    "away to start anew"
-                ) from None
+        try:
+            for row in reader:
+                history.append(_parse(row, len(history)))
+        except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
+            raise ValueError(
+                f"{path}:{reader.line_num}: not a row of a search ({error}); move the file "
+                "away to start anew"
+            ) from None
     return history
 
 
-def _parse(row: dict[str, str]) -> Generation:
+def _parse(row: dict[str, str], number: int) -> Generation:
+    if int(row["generation"]) != number:
+        raise ValueError(f"generation {row['generation']!r}, expected {number}")
     score = Score(*(float(row[name]) for name in FIGURES[1:]))
+    if not all(map(math.isfinite, score)):
+        raise ValueError(f"fitness and mAP of {score} cannot be compared")
     names = [entry.name for entry in dataclasses.fields(Hyperparameters)]
     values = {name: float(row[name]) for name in names if row.get(name)}
     anchors = values.pop("anchors", None)
     hyp = Hyperparameters(**values, anchors=None if anchors is None else int(anchors))
-    return Generation(int(row["generation"]), score, hyp)
+    return Generation(number, score, hyp)
 
 
 def _as_csv(history: Sequence[Generation]) -> str:

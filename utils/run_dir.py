@@ -162,8 +162,11 @@ def _epoch_of(row: Mapping[str, str], path: Path) -> int:
 
 def _read_cells(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Header and rows as text; blanks around names and values are dropped."""
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = [[cell.strip() for cell in line] for line in csv.reader(file) if line]
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = [[cell.strip() for cell in line] for line in csv.reader(file) if line]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a csv file ({error}); move it away") from None
     if not lines:
         return [], []
     header = lines[0]
