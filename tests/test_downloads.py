@@ -1,5 +1,6 @@
 """Downloads from a server of our own on 127.0.0.1, archives, data sets, named weights."""
 
+import bz2
 import hashlib
 import http.server
 import io
@@ -187,6 +188,13 @@ def test_only_http(url, tmp_path):
         download(url, tmp_path / "a")
 
 
+def test_an_answer_without_an_end(tmp_path):
+    endless = io.BytesIO(bytes(5 << 20))
+    with (tmp_path / "a.part").open("wb") as file, pytest.raises(OSError, match="has no end"):
+        downloads._copy(endless, file, 0, None, limit=3 << 20)
+    assert (tmp_path / "a.part").stat().st_size == 3 << 20
+
+
 def test_full_disk(server, tmp_path, monkeypatch):
     usage = downloads.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -307,6 +315,59 @@ def test_damaged_archives(tmp_path, damage):
         unpack(archive, tmp_path / "out")
 
 
+def encrypted(path: Path) -> Path:
+    content = bytearray(zip_of(path, {"a.txt": b"hello" * 99}).read_bytes())
+    content[6] |= 1  # the flag, in the member and in the directory
+    content[content.rfind(b"PK\1\2") + 8] |= 1
+    path.write_bytes(content)
+    return path
+
+
+def broken_stream(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.txt", b"hello" * 999)
+    content = bytearray(path.read_bytes())
+    content[45:55] = b"\xff" * 10
+    path.write_bytes(content)
+    return path
+
+
+def zip_bomb(path: Path) -> Path:
+    """A thousand times its size."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.txt", bytes(5_000_000))
+    return path
+
+
+def tar_bomb(path: Path) -> Path:
+    """The head says 1 PB; what follows would be read on and on."""
+    info = tarfile.TarInfo("a.txt")
+    info.size = 10**15
+    path.write_bytes(bz2.compress(info.tobuf() + bytes(1_000_000)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        pytest.param(encrypted, "needs a password", id="password"),
+        pytest.param(broken_stream, "a damaged archive", id="broken stream"),
+        pytest.param(zip_bomb, "over 200 times its size", id="zip bomb"),
+        pytest.param(tar_bomb, "over 200 times its size", id="tar bomb"),
+        pytest.param(
+            lambda path: zip_of(path, {"d/" * 2000 + "a.txt": b"1"}), "lies in 2001", id="nested"
+        ),
+    ],
+)
+def test_archives_that_cannot_be_unpacked(tmp_path, make, complaint, monkeypatch):
+    monkeypatch.setattr(downloads, "LITTLE_BYTES", 1_000_000)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        unpack(make(tmp_path / "a.zip"), tmp_path / "in" / "out")
+    assert str(tmp_path / "a.zip") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [path for path in tmp_path.rglob("*.txt") if path.stat().st_size] == []
+
+
 def test_an_archive_larger_than_the_disk(tmp_path, monkeypatch):
     archive = zip_of(tmp_path / "a.zip", {"a.txt": b"0" * 100_000})
     usage = downloads.shutil.disk_usage(tmp_path)
@@ -403,6 +464,66 @@ def test_ensure_dataset_replaces_nothing(server, tmp_path, taken):
     assert (folder / "labels" / "train" / "a.txt").is_file()
 
 
+@pytest.mark.parametrize("folder", ["{tmp}/elsewhere", "../.config/autostart", "{tmp}/my/.ssh"])
+def test_ensure_dataset_does_not_let_a_yaml_choose_any_folder(server, tmp_path, folder):
+    server.files["mine.zip"] = zip_of(tmp_path / "x.zip", dataset_members("")).read_bytes()
+    path = write_yaml(tmp_path / "my" / "project" / "data.yaml", server.url("mine.zip"))
+    folder = folder.format(tmp=tmp_path)
+    path.write_text(path.read_text().replace("../sets/mine", folder))
+    spec = load_dataset_spec(path, tmp_path / "my" / "project")
+    with pytest.raises(PermissionError, match=r"data.yaml: .*would be unpacked into.*--allow-down"):
+        ensure_dataset(spec, root=tmp_path / "my" / "project")
+    assert server.requests == []
+    ensure_dataset(spec, root=tmp_path / "my" / "project", allow_scripts=True)
+    assert spec.missing() == ()
+
+
+def test_ensure_dataset_takes_no_programs_over(server, tmp_path, caplog):
+    """`path: yaml` and a file `__init__.py` would be imported in place of the package."""
+    members = dataset_members("") | {
+        "__init__.py": b"1",
+        "images/run.sh": b"2",
+        ".bashrc": b"3",
+        "labels/train/x.so": b"4",
+    }
+    server.files["mine.zip"] = zip_of(tmp_path / "x.zip", members).read_bytes()
+    path = write_yaml(tmp_path / "project" / "data.yaml", server.url("mine.zip"))
+    with caplog.at_level("INFO"):
+        ensure_dataset(load_dataset_spec(path, tmp_path / "project"))
+    found = {file.name for file in (tmp_path / "sets" / "mine").rglob("*") if file.is_file()}
+    assert found == {"a.jpg", "a.txt", "LICENSE"}
+    assert "4 files that are neither images, labels nor texts are left out" in caplog.text
+
+
+def test_ensure_dataset_keeps_a_file_of_the_same_name(server, tmp_path):
+    (tmp_path / "sets").mkdir()
+    mine = zip_of(tmp_path / "sets" / "mine.zip", dataset_members(""))
+    path = write_yaml(tmp_path / "project" / "data.yaml", server.url("mine.zip"))
+    ensure_dataset(load_dataset_spec(path, tmp_path / "project"))
+    assert mine.exists(), "it was there before, so it is not ours to delete"
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_ensure_dataset_checks_the_sum_that_the_yaml_gives(server, tmp_path, is_right):
+    server.files["mine.zip"] = zip_of(tmp_path / "x.zip", dataset_members("")).read_bytes()
+    known = hashlib.sha256(server.files["mine.zip"]).hexdigest() if is_right else "0" * 64
+    entry = f"{server.url('mine.zip')}#sha256={known}"
+    path = write_yaml(tmp_path / "project" / "data.yaml", entry)
+    spec = load_dataset_spec(path, tmp_path / "project")
+    if is_right:
+        ensure_dataset(spec)
+    else:
+        with pytest.raises(OSError, match=r"expected 0000.*the file was discarded"):
+            ensure_dataset(spec)
+
+
+@pytest.mark.parametrize("name", ["..", "%2e%2e", "a%00b", "x%0ay"])
+def test_odd_names_in_addresses(server, tmp_path, name):
+    path = write_yaml(tmp_path / "project" / "data.yaml", f'"{server.url(name)}"')
+    with pytest.raises(OSError, match=r"404|cannot download"):
+        ensure_dataset(load_dataset_spec(path, tmp_path / "project"))
+
+
 def test_ensure_dataset_cannot_fill_a_folder_outside_of_path(server, tmp_path):
     server.files["mine.zip"] = zip_of(tmp_path / "x.zip", dataset_members("")).read_bytes()
     path = write_yaml(tmp_path / "project" / "data.yaml", server.url("mine.zip"))
@@ -431,11 +552,17 @@ def test_commands_run_for_shipped_data_sets_only(tmp_path):
     root = tmp_path / "project"
     (root / "data" / "scripts").mkdir(parents=True)
     (root / "data" / "scripts" / "get.py").write_text(SCRIPT)
-    command = "python data/scripts/get.py"
+    command = "python -m data.scripts.get"
     foreign = load_dataset_spec(write_yaml(root / "mine" / "data.yaml", command), root)
     with pytest.raises(PermissionError, match="--allow-download-scripts") as caught:
         ensure_dataset(foreign, root=root)
     assert repr(command) in str(caught.value)
+    assert not (root / "ran.txt").exists()
+
+    for other in (f"{command} --dest /", f"{command}; touch x", "python data/scripts/get.py"):
+        put_there = load_dataset_spec(write_yaml(root / "data" / "put.yaml", f'"{other}"'), root)
+        with pytest.raises(PermissionError, match="--allow-download-scripts"):
+            ensure_dataset(put_there, root=root)
     assert not (root / "ran.txt").exists()
 
     shipped = load_dataset_spec(write_yaml(root / "data" / "mine.yaml", command), root)
@@ -478,7 +605,7 @@ def test_commands_that_fail(tmp_path, command, error, complaint):
     spec = load_dataset_spec(write_yaml(root / "data" / "mine.yaml", f'"{command}"'), root)
     (root / "get.py").write_text("raise SystemExit('error: no net')")
     with pytest.raises(error, match=complaint) as caught:
-        ensure_dataset(spec, root=root)
+        ensure_dataset(spec, root=root, allow_scripts=True)
     assert "\n" not in str(caught.value)
 
 
@@ -487,7 +614,7 @@ def test_commands_are_heard(tmp_path, capfd):
     command = "\"python -c 'import sys; print(1); print(2, file=sys.stderr)'\""
     spec = load_dataset_spec(write_yaml(root / "data" / "mine.yaml", command), root)
     with pytest.raises(FileNotFoundError):
-        ensure_dataset(spec, root=root)
+        ensure_dataset(spec, root=root, allow_scripts=True)
     assert capfd.readouterr() == ("1\n", "2\n")
 
 

@@ -10,6 +10,8 @@ import filecmp
 import hashlib
 import http.client
 import logging
+import lzma
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,13 +22,15 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urldefrag, urlsplit
 
 from utils.atomic import atomic_write
-from utils.config import DatasetSpec, find_config, load_dataset_spec, locate_key
+from utils.config import DatasetSpec, expand_home, find_config, load_dataset_spec, locate_key
+from utils.image_files import IMAGE_SUFFIXES
 
 LOGGER = logging.getLogger(__name__)
 
@@ -35,6 +39,15 @@ WEIGHTS_URL = "https://github.com/ultralytics/yolov5/releases/download/v7.0"
 WEIGHT_NAMES = tuple(f"yolov5{size}{suffix}.pt" for suffix in ("", "6") for size in "nsmlx")
 CHECKSUM_FILE = "SHA256SUMS"
 
+# What an archive may unfold to: labels shrink to a tenth or less, images hardly at all.
+MAX_RATIO = 200
+LITTLE_BYTES = 100 << 20  # that it may unfold to in any case
+MAX_PARTS = 64  # folders in each other
+MAX_SHARE = 0.9  # of the free disk, for a download that does not say how long it is
+# What is taken over from the archive of a data set; nothing else in it can be needed.
+DATA_SUFFIXES = IMAGE_SUFFIXES | {"", ".txt", ".json", ".xml", ".csv", ".yaml", ".yml", ".md"}
+# Commands that run without being asked about: the scripts of the project, as its yaml files say it.
+_OWN_COMMAND = re.compile(r"python -m data\.scripts\.\w+")
 _CHUNK_BYTES = 1 << 20
 _LOG_EVERY_S = 10.0
 _USER_AGENT = "yolov5-slim"
@@ -123,8 +136,9 @@ def _fetch(url: str, part: Path, timeout_s: float) -> None:
             length = response.headers.get("Content-Length")
             total = have + int(length) if length and length.isdigit() else None
             _check_room(part, (total or 0) - have)
+            limit = total or have + int(MAX_SHARE * shutil.disk_usage(part.parent).free)
             with part.open("ab" if resumes else "wb") as file:
-                received = have + _copy(response, file, have, total)
+                received = have + _copy(response, file, have, total, limit)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the part is longer than the file: it belongs to another one
             _forget(part)
@@ -168,10 +182,15 @@ def _remember_validator(part: Path, response: http.client.HTTPResponse) -> None:
     _validator_file(part).write_text(validator, encoding="utf-8")
 
 
-def _copy(source: IO[bytes], target: IO[bytes], have: int, total: int | None) -> int:
+def _copy(source: IO[bytes], target: IO[bytes], have: int, total: int | None, limit: int) -> int:
     """Copy to the end, saying now and then how far; returns the number of bytes copied."""
     copied, last_said = 0, time.monotonic()
     while chunk := source.read(_CHUNK_BYTES):
+        if have + copied + len(chunk) > limit:
+            raise OSError(
+                f"{target.name}: stopped after {(have + copied) / 2**30:.1f} GiB: the answer "
+                "has no end, or fills the disk; delete it, and fetch the file in another way"
+            )
         target.write(chunk)
         copied += len(chunk)
         if time.monotonic() - last_said > _LOG_EVERY_S:
@@ -227,13 +246,19 @@ def unpack(archive: str | Path, folder: str | Path) -> Path:
                 _unpack_tar(tar, archive, folder)
         else:
             raise ValueError(f"{archive}: neither a zip nor a tar archive")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError) as error:
+    except RuntimeError as error:  # and NotImplementedError
+        raise ValueError(f"{archive}: needs a password or an unknown method: {error}") from error
+    except (
+        zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OverflowError,
+        UnicodeError,
+    ) as error:  # fmt: skip
         raise ValueError(f"{archive}: a damaged archive: {error}") from error
     return folder
 
 
 def _unpack_zip(opened: zipfile.ZipFile, archive: Path, folder: Path) -> None:
     members = opened.infolist()
+    _check_ratio(sum(member.file_size for member in members), archive)
     for member in members:
         kind = member.external_attr >> 28  # upper bits of the Unix mode; 0 if made elsewhere
         if kind not in (0, 0o04, 0o10):
@@ -249,12 +274,15 @@ def _unpack_zip(opened: zipfile.ZipFile, archive: Path, folder: Path) -> None:
 
 
 def _unpack_tar(tar: tarfile.TarFile, archive: Path, folder: Path) -> None:
-    members = tar.getmembers()
-    for member in members:
+    members, num_bytes = [], 0
+    for member in tar:  # one by one: the next is behind all bytes of this one
         if not (member.isreg() or member.isdir()):
             raise ValueError(f"{archive}: member {member.name!r} is a link or a device")
+        members.append(member)
+        num_bytes += member.size + tarfile.BLOCKSIZE
+        _check_ratio(num_bytes, archive)
     targets = _checked_targets([member.name for member in members], archive, folder)
-    _check_size(sum(member.size for member in members), archive, folder)
+    _check_size(num_bytes, archive, folder)
     for member, target in zip(members, targets, strict=True):
         if member.isdir():
             target.mkdir(parents=True, exist_ok=True)
@@ -271,12 +299,23 @@ def _checked_targets(names: Iterable[str], archive: Path, folder: Path) -> list[
         is_absolute = name.startswith(("/", "\\")) or bool(PureWindowsPath(name).drive)
         if is_absolute or ".." in parts or "\0" in name:
             raise ValueError(f"{archive}: member {name!r} would be written outside of {folder}")
+        if len(parts) > MAX_PARTS:
+            raise ValueError(f"{archive}: member {name[:60]!r}... lies in {len(parts)} folders")
         targets.append(folder.joinpath(*parts))
     real = folder.resolve()
     for parent in {target.parent for target in targets if target != folder}:
         if not parent.resolve().is_relative_to(real):  # through a link that was there before
             raise ValueError(f"{archive}: {parent} leads outside of {folder}")
     return targets
+
+
+def _check_ratio(num_bytes: int, archive: Path) -> None:
+    """Refuse what unfolds to a multiple of its size that only bombs reach."""
+    if num_bytes > max(MAX_RATIO * archive.stat().st_size, LITTLE_BYTES):
+        raise ValueError(
+            f"{archive}: unpacks to {num_bytes / 2**20:.0f} MiB or more, over {MAX_RATIO} times its"
+            " size: no data set does; unpack it yourself if you trust it"
+        )
 
 
 def _check_size(num_bytes: int, archive: Path, folder: Path) -> None:
@@ -327,18 +366,20 @@ def ensure_dataset(
 ) -> None:
     """Get a data set that is not there, if its yaml says how; otherwise do nothing.
 
-    A URL is fetched and unpacked into the folder of the data set, where it replaces nothing. A
-    command runs in the project folder, and only if the yaml ships with the project (lies in
-    `data/`) or the user allows it.
+    A URL (if it ends in `#sha256=...`, of a file with that checksum) is fetched and unpacked into
+    the folder of the data set, where it replaces nothing: images, labels and texts alone, and only
+    into a folder that a strange yaml may choose, see `_check_place`. A command runs in the project
+    folder, and only if the user allows it, or the yaml lies in `data/` and the command is a script
+    of the project.
 
     Args:
         spec: from `load_dataset_spec`.
         splits: what is needed.
-        allow_scripts: run commands of any yaml.
+        allow_scripts: run commands of any yaml, and unpack into any folder.
         root: the project folder.
 
     Raises:
-        PermissionError: a command is needed that may not run.
+        PermissionError: a command is needed that may not run, or a folder that is not free.
         FileNotFoundError: there is no `download`, or afterwards the images are still not there.
         FileExistsError: a file that is there differs from that of the archive.
         OSError: from `download`; or the command failed.
@@ -350,29 +391,71 @@ def ensure_dataset(
     if not spec.download:
         spec.check_exists(splits)
     elif urlsplit(spec.download).scheme in ("http", "https"):
+        if not allow_scripts:
+            _check_place(spec, root)
         _fetch_dataset(spec, splits, root)
     else:
         _run_download_command(spec, allow_scripts, root)
     spec.check_exists(splits)
 
 
+def _check_place(spec: DatasetSpec, root: Path) -> None:
+    """Refuse to unpack where a file that appears may be taken for a program or for settings.
+
+    Raises:
+        PermissionError: the folder is hidden, or below neither the working directory nor what
+            holds the folder of the project or that of the yaml (`path` often begins with `../`).
+    """
+    target = spec.root.resolve()
+    bases = {root.resolve().parent, spec.source.resolve().parent.parent, Path.cwd()}
+    bases.discard(Path(target.anchor))  # everything is below that
+    inside = [target.relative_to(base).parts for base in bases if target.is_relative_to(base)]
+    if not inside or any(part.startswith(".") for parts in inside for part in parts):
+        raise PermissionError(
+            f"{spec.source}: images are missing, and {spec.download} would be unpacked into"
+            f" {spec.root}, which is hidden or belongs to neither this file nor this project;"
+            " unpack it there yourself, change 'path:', or allow it with --allow-download-scripts"
+        )
+
+
 def _fetch_dataset(spec: DatasetSpec, splits: Sequence[str], root: Path) -> None:
-    url = spec.download or ""
+    url, fragment = urldefrag(spec.download or "")
+    sha256 = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else None
     if root.resolve().is_relative_to(spec.root.resolve()):
         raise ValueError(
             f"{spec.source}: images are missing, and {url} would be unpacked into {spec.root},"
             " among the files of this project; give the data set a folder of its own with 'path:'"
         )
-    name = PurePosixPath(unquote(urlsplit(url).path)).name or "dataset"
+    name = re.sub(r"[^\w.-]", "_", PurePosixPath(unquote(urlsplit(url).path)).name)[-100:]
+    name = "dataset" if name.strip(".") == "" else name
     LOGGER.info("%s: images are missing; fetching %s into %s", spec.source, url, spec.root)
     spec.root.parent.mkdir(parents=True, exist_ok=True)
-    archive = download(url, spec.root.parent / name)
+    was_there = (spec.root.parent / name).exists()
+    archive = download(url, spec.root.parent / name, sha256)
     with tempfile.TemporaryDirectory(dir=spec.root.parent, prefix=".unpack-") as temporary:
         unpack(archive, temporary)
         content = _content_folder(Path(temporary), spec, splits)
+        _leave_out_foreign_files(content, archive)
         _check_places(content, spec.root)
         _move_into(content, spec.root)
-    archive.unlink()
+    if not was_there:
+        archive.unlink()
+
+
+def _leave_out_foreign_files(folder: Path, archive: Path) -> None:
+    """Remove what is no part of a data set, above all programs."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    foreign = [
+        path for path in files
+        if path.suffix.lower() not in DATA_SUFFIXES or path.name.startswith(".")
+    ]  # fmt: skip
+    for path in foreign:
+        path.unlink()
+    if foreign:
+        LOGGER.info(
+            "%s: %d files that are neither images, labels nor texts are left out, for example %s",
+            archive, len(foreign), foreign[0].relative_to(folder),
+        )  # fmt: skip
 
 
 def _content_folder(unpacked: Path, spec: DatasetSpec, splits: Sequence[str]) -> Path:
@@ -435,6 +518,7 @@ def _run_download_command(spec: DatasetSpec, allow_scripts: bool, root: Path) ->
     command = spec.download or ""
     words = _command_words(spec)
     is_shipped = spec.source.resolve().parent == (root / "data").resolve()
+    is_shipped &= _OWN_COMMAND.fullmatch(command) is not None
     if not (is_shipped or allow_scripts):
         raise PermissionError(
             f"{spec.source}: images are missing, and its download is the command {command!r}."
@@ -493,7 +577,7 @@ def find_weights(name: str | Path, root: Path = PROJECT_ROOT) -> Path:
         FileNotFoundError: lists what was tried and the names that can be fetched.
         OSError: from `named_weights`.
     """
-    typed = Path(name).expanduser()
+    typed = expand_home(name)
     tried = list(dict.fromkeys([typed, root / typed, root / "weights" / typed]))
     for candidate in tried:
         if candidate.is_file():
