@@ -15,7 +15,7 @@ Results are in runs/train/exp*: weights/best.pt and last.pt, results.csv, pictur
 
 from __future__ import annotations
 
-from utils.flags.train import build_parser, parse_args
+from utils.flags.train import parse_args
 
 if __name__ == "__main__":
     parse_args(description=__doc__)  # help and mistakes are answered before torch is loaded
@@ -25,6 +25,7 @@ import copy
 import dataclasses
 import logging
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -107,7 +108,9 @@ from utils.pruning.slimming import (
     prunable_batchnorms,
 )
 from utils.pruning.verdict import describe_readiness, measure_readiness
+from utils.resume import Resumed, find_resumed
 from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
+from utils.stopping import Stopped, StopRequest
 from utils.tensorboard import Board
 
 ROOT = Path(__file__).resolve().parent
@@ -134,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start_logging()
     if options.evolve:
         return search_hyperparameters(options, given, sys.argv[1:] if argv is None else argv)
-    resumed = find_resumed(options, given)
+    resumed = find_resumed(options, given, ROOT)
     options = resumed.options if resumed else options
     device = devices.select_device(options.device)
     if len(gpu_indices(options.device)) > devices.world_size() == 1:
@@ -164,20 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = open_results(run, train_split, val_split)
 
     started = time.perf_counter()
-    for epoch in range(run.first_epoch, options.epochs):
-        if options.image_weights:
-            weights = image_weights_from_map(train_split, run.class_maps)
-            train_loader.set_image_weights(weights)
-        losses = train_one_epoch(run, train_loader, epoch)
-        result = validate(run, val_loader, epoch)
-        is_best, is_last = judge_epoch(run, epoch, result)
-        if results is not None:
-            log_epoch(run, results, epoch, losses, result)
-            save_epoch(run, epoch, result, is_best, is_last)
-            if run.penalty is not None and is_verdict_due(options, epoch, is_last):
-                give_verdict(run, run.penalty, val_loader, epoch)
-        if is_last:
-            break
+    with run.stop:
+        train_epochs(run, train_loader, val_loader, results)
     if results is not None:
         finish(run, time.perf_counter() - started)
     if devices.world_size() > 1:
@@ -223,62 +214,6 @@ def search_hyperparameters(
         "the best of %d generations is number %d, fitness %.4f: %s; %s, with more generations",
         options.evolve, best.number + 1, best.score.fitness, folder / "hyp_evolved.yaml", again,
     )  # fmt: skip
-
-
-class Resumed(NamedTuple):
-    """An interrupted run."""
-
-    content: dict[str, Any]  # of its last.pt
-    run_dir: Path
-    options: argparse.Namespace  # those of the run, with the device and workers given now
-
-
-def find_resumed(options: argparse.Namespace, given: set[str]) -> Resumed | None:
-    """The run that `--resume` means, with the options given now; None for a new run."""
-    if not options.resume:
-        return None
-    if options.resume is True:
-        path = newest_unfinished(ROOT / "runs/train")
-    else:
-        path = Path(options.resume).expanduser()
-        path = path if path.exists() else ROOT / path
-        path = path / "weights/last.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume {path}: no such checkpoint")
-    content = load_checkpoint(path)
-    if "training" not in content:
-        raise ValueError(
-            f"--resume {path}: not the last.pt of an unfinished run, there is nothing to resume; "
-            f"to train on from its weights use --weights {path}"
-        )
-    run_dir = path.resolve().parent.parent
-    in_place = path.resolve().parts[-2:] == ("weights", "last.pt")
-    if not in_place or not (run_dir / "opt.yaml").is_file():
-        raise ValueError(
-            f"--resume {path}: the file is not in its run folder (<run>/weights/last.pt with "
-            "<run>/opt.yaml); put it back there"
-        )
-    # A run of an older version does not know the newer flags, and goes on as it began.
-    defaults = vars(build_parser().parse_args([])) | {"sparsity_cost": 0.0}
-    merged = argparse.Namespace(**{**defaults, **content["options"]})
-    for name in given - {"resume"}:
-        setattr(merged, name, getattr(options, name))
-    for left_over in path.parent.glob(".*.tmp"):  # of a killed writer
-        left_over.unlink(missing_ok=True)
-    LOGGER.info("resuming %s after epoch %d", run_dir, content["epoch"])
-    return Resumed(content, run_dir, merged)
-
-
-def newest_unfinished(project: Path) -> Path:
-    """The newest last.pt below a folder whose run has not reached its end."""
-    found = sorted(project.glob("**/weights/last.pt"), key=lambda path: -path.stat().st_mtime)
-    for path in found:
-        try:
-            if "training" in load_checkpoint(path):
-                return path
-        except ValueError as error:
-            LOGGER.warning("warning: %s; passed over", error)
-    raise FileNotFoundError(f"--resume: there is no unfinished run in {project}")
 
 
 class Inputs(NamedTuple):
@@ -574,7 +509,10 @@ class Run:
     gammas: list[GammaStatistics] = dataclasses.field(default_factory=list)  # one an epoch
     teacher: Model | None = None
     distillation: DistillationLoss | None = None  # there if the teacher is
-    seen: list[Tensor] = dataclasses.field(default_factory=list)  # images for the verdict
+    stop: StopRequest = dataclasses.field(default_factory=StopRequest)
+    is_resumed: bool = False
+    batches: int = 0  # of the current epoch, that the network has learnt from
+    loss_sums: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0))  # over these
     board: Board | None = None  # TensorBoard
 
     @property
@@ -750,6 +688,9 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     run.scaler.load_state_dict(state["scaler"])
     # A run that stopped early and was killed before its last touches has nothing left to train.
     run.first_epoch = run.options.epochs if state["is_last"] else state["epoch"] + 1
+    run.is_resumed = True
+    run.batches = state.get("batches", 0)  # versions before saved between epochs alone
+    run.loss_sums = torch.tensor(state.get("loss_sums", ()), device=run.device)
     run.best_fitness, run.best_epoch = state["best_fitness"], state["best_epoch"]
     run.class_maps = state["class_maps"].numpy()
     if run.penalty is not None and "penalty" in state:  # versions before had none
@@ -759,7 +700,7 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
 
 
 def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
-    """All that `restore_run` needs, as plain data."""
+    """All that `restore_run` needs, as plain data; `epoch` is the last one that was finished."""
     return {
         "model": run.model.state_dict(),
         "ema": run.ema.state_dict(),
@@ -768,6 +709,8 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
         "penalty": None if run.penalty is None else run.penalty.state_dict(),
         "epoch": epoch,
         "is_last": is_last,
+        "batches": run.batches,
+        "loss_sums": run.loss_sums.tolist(),
         "best_fitness": run.best_fitness,
         "best_epoch": run.best_epoch,
         "class_maps": torch.tensor(run.class_maps),
@@ -776,17 +719,56 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
     }
 
 
+def train_epochs(
+    run: Run, train_loader: Loader, val_loader: Loader, results: ResultsCsv | None
+) -> None:
+    """From where the run stands to its last epoch; a request to stop saves and ends the program."""
+    options = run.options
+    if not run.is_resumed and not options.nosave:
+        save_position(run, 0)  # also what is killed in its first epoch can be resumed
+    epoch, is_last = run.first_epoch, run.first_epoch == options.epochs
+    while not is_last:
+        if options.image_weights:
+            split = train_loader.batch_sampler.dataset.split
+            train_loader.set_image_weights(image_weights_from_map(split, run.class_maps))
+        try:
+            losses = train_one_epoch(run, train_loader, epoch)
+            result = validate(run, val_loader, epoch)
+        except Stopped:
+            save_position(run, epoch)
+            raise SystemExit(say_goodbye(run, epoch, len(train_loader))) from None
+        run.batches = 0
+        is_best, is_last = judge_epoch(run, epoch, result)
+        if results is not None:
+            log_epoch(run, results, epoch, losses, result)
+            save_epoch(run, epoch, result, is_best, is_last)
+            if run.penalty is not None and is_verdict_due(options, epoch, is_last):
+                give_verdict(run, run.penalty, train_loader, val_loader, epoch)
+        epoch += 1
+
+
+def say_goodbye(run: Run, epoch: int, num_batches: int) -> int:
+    """After a request to stop; returns the exit status that shells know for the signal."""
+    cause = run.stop.signal or signal.SIGTERM  # without one here, another process was told
+    LOGGER.info(
+        "stopped by %s, saved after batch %d of %d of epoch %d; python train.py --resume %s goes "
+        "on from there",
+        cause.name, run.batches, num_batches, epoch, run.dir,
+    )  # fmt: skip
+    return 128 + cause
+
+
 def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
-    """One pass over the training images; returns the mean of each of `run.loss_names`."""
-    run.network.train()
-    for norm in run.frozen_norms:
-        norm.eval()
-    loader.set_epoch(epoch)
-    sums = torch.zeros(len(run.loss_names), device=run.device)
-    pending = 0
+    """One pass over the training images; returns the mean of each of `run.loss_names`.
+
+    It goes on after the first `run.batches`, and may end with `Stopped` between two steps.
+    """
+    begin_epoch(run, loader, epoch)
+    pending, is_stopping = 0, False
     unread: list[Reading] = []
-    bar = tqdm(loader, desc=f"epoch {epoch}/{run.options.epochs - 1}", disable=devices.rank() != 0)
-    for index, batch in enumerate(bar):
+    title, is_quiet = f"epoch {epoch}/{run.options.epochs - 1}", devices.rank() != 0
+    bar = tqdm(loader, desc=title, initial=run.batches, disable=is_quiet)
+    for index, batch in enumerate(bar, run.batches):
         step = epoch * len(loader) + index
         settings = run.schedule.at(step, epoch)
         set_step(run.optimizer, settings)
@@ -798,8 +780,10 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
         unread.append(("the loss", loss.detach(), batch.paths))
         if looks:
             check_finite(unread, epoch)
+            is_stopping = devices.is_true_anywhere(run.stop.signal is not None, run.device)
         # Processes average their gradients; the loss is a sum over the whole batch.
         run.scaler.scale(loss * devices.world_size()).backward()
+        run.loss_sums += parts
         pending += 1
         # The last batch always steps, so that no gradient waits across a checkpoint.
         if pending >= run.schedule.accumulation(step, run.options.batch_size) or is_last:
@@ -809,32 +793,36 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
             if looks:
                 check_finite(unread, epoch)
             optimizer_step(run, epoch, norm)
-            pending = 0
-        sums += parts
-        if run.penalty is not None:
-            remember(run, index, batch)
+            pending, run.batches = 0, index + 1
         if index % PROGRESS_BATCHES == 0 or is_last:
-            show_progress(bar, run, sums / (index + 1), settings.lr)
-        if epoch == 0 and index < 3 and devices.rank() == 0:
-            draw_data(run, loader, batch, index)
-    return devices.mean_over_ranks((sums / max(len(loader), 1)).tolist(), run.device)
+            show_progress(bar, run, run.loss_sums / (index + 1), settings.lr)
+        draw_data(run, loader, batch, epoch, index)
+        if is_stopping and not pending:
+            check_finite(unread, epoch)
+            raise Stopped
+    return devices.mean_over_ranks((run.loss_sums / max(len(loader), 1)).tolist(), run.device)
 
 
-def draw_data(run: Run, loader: Loader, batch: Batch, index: int) -> None:
+def begin_epoch(run: Run, loader: Loader, epoch: int) -> None:
+    """Set network, loader and sums to the start of the epoch, or to where it was interrupted."""
+    run.network.train()
+    for norm in run.frozen_norms:
+        norm.eval()
+    run.batches = min(run.batches, len(loader))  # there may be fewer images than before
+    loader.set_epoch(epoch, run.batches)
+    if not run.batches:
+        run.loss_sums = torch.zeros(len(run.loss_names), device=run.device)
+
+
+def draw_data(run: Run, loader: Loader, batch: Batch, epoch: int, index: int) -> None:
     """All labels and the first batches; after the first of them, as drawing takes a second."""
+    if epoch > 0 or index > 2 or devices.rank() != 0:
+        return
     if index == 0:
         labels = loader.batch_sampler.dataset.split.labels.flat
         draw(plot_labels, labels, run.names, run.dir / "labels.jpg")
     picture = run.dir / f"train_batch{index}.jpg"
     draw(plot_batch, batch.images, batch.targets, batch.paths, run.names, picture)
-
-
-def remember(run: Run, index: int, batch: Batch) -> None:
-    """Keep the first images of the epoch for the verdict, as the network has seen them."""
-    if index == 0:
-        run.seen.clear()
-    if sum(len(images) for images in run.seen) < VERDICT_TRAIN_IMAGES:
-        run.seen.append(batch.images)
 
 
 def to_device(run: Run, batch: Batch, epoch: int, index: int) -> Tensor:
@@ -923,7 +911,7 @@ def validate(run: Run, loader: Loader, epoch: int) -> EvaluationResult | None:
         return None
     return evaluate(
         copy.deepcopy(run.ema.model).fuse(),
-        loader,
+        run.stop.watch(loader),
         run.names,
         device=run.device,
         single_cls=run.options.single_cls,
@@ -983,18 +971,24 @@ def is_verdict_due(options: argparse.Namespace, epoch: int, is_last: bool) -> bo
     return is_last or (not options.noval and quarters[0] < quarters[1])
 
 
-def give_verdict(run: Run, penalty: SparsityPenalty, loader: Loader, epoch: int) -> None:
+def give_verdict(
+    run: Run, penalty: SparsityPenalty, train_loader: Loader, val_loader: Loader, epoch: int
+) -> None:
     """Say how much can go by now; no advice is worth a run."""
+    train_loader.set_epoch(epoch)
     try:
-        LOGGER.info("%s", judge_network(run, penalty, loader, epoch))
+        LOGGER.info("%s", judge_network(run, penalty, train_loader, val_loader, epoch))
     except (RuntimeError, ValueError) as error:
         LOGGER.warning("warning: no verdict on the sparse network: %s", error)
 
 
-def judge_network(run: Run, penalty: SparsityPenalty, loader: Loader, epoch: int) -> str:
+def judge_network(
+    run: Run, penalty: SparsityPenalty, train_loader: Loader, val_loader: Loader, epoch: int
+) -> str:
     """Cut the averaged network as prune.py would, and measure it."""
     model = copy.deepcopy(run.ema.model)
-    parts = (part for images in run.seen for part in images.split(VERDICT_BATCH))
+    seen = (batch.images for batch in sample_batches(train_loader, VERDICT_TRAIN_IMAGES))
+    parts = (part for images in seen for part in images.split(VERDICT_BATCH))
     batches = (part.to(run.device).float() / 255 for part in parts)
     statistics = measure_inputs(model, find_channel_groups(model, penalty.shortcut), batches)
     pruner = build_pruner(
@@ -1005,7 +999,7 @@ def judge_network(run: Run, penalty: SparsityPenalty, loader: Loader, epoch: int
         compensation="linear",
         statistics=statistics,
     )
-    sample = sample_batches(loader, VERDICT_IMAGES)
+    sample = sample_batches(val_loader, VERDICT_IMAGES)
 
     def score(network: Model) -> float:
         fused = copy.deepcopy(network).eval().fuse()
@@ -1079,6 +1073,14 @@ def save_epoch(
     )
 
 
+def save_position(run: Run, epoch: int) -> None:
+    """Write last.pt in the middle of an epoch, between two optimizer steps."""
+    if devices.rank() == 0:
+        content = checkpoint_content(run, epoch - 1, None)
+        state = training_state(run, epoch - 1, is_last=False)
+        save_checkpoint(run.dir / "weights/last.pt", {**content, "training": state})
+
+
 def checkpoint_content(run: Run, epoch: int, result: EvaluationResult | None) -> dict[str, Any]:
     """The averaged network and where it comes from."""
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(run.options).items()}
@@ -1117,4 +1119,6 @@ def wait_for_all() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "interrupted; train.py --resume <run folder> goes on after the last epoch")
+    run_command(
+        main, "interrupted; train.py --resume <run folder> goes on from what was saved last"
+    )

@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -413,3 +415,30 @@ def scan_subset(split, count: int):
     return dataclasses.replace(
         split, paths=split.paths[:count], labels=labels, shapes_hw=split.shapes_hw[:count]
     )
+
+
+def test_an_epoch_can_be_taken_up_after_some_of_its_batches(split):
+    dataset = DetectionDataset(split, 64, hyp=LOW, seed=3)
+    loader = build_loader(dataset, 1, shuffle=True, seed=3)
+    loader.set_epoch(2)
+    whole = list(loader)
+    state = torch.get_rng_state()
+    loader.set_epoch(2, first_batch=3)
+    rest = list(loader)
+    assert torch.equal(torch.get_rng_state(), state)  # which a run saves in between
+    assert [batch.paths for batch in rest] == [batch.paths for batch in whole[3:]]
+    assert all(torch.equal(a.images, b.images) for a, b in zip(rest, whole[3:], strict=True))
+    assert len(loader) == len(whole) == 4
+    loader.set_epoch(2, first_batch=4)
+    assert list(loader) == []
+
+
+def test_workers_leave_the_answer_to_signals_to_their_parent(split):
+    """Ctrl-C and batch systems signal them as well, while the parent still needs their batches."""
+    loader = build_loader(DetectionDataset(split, 64, hyp=LOW), 1, workers=1)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = loader._iterator._workers
+    for cause in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, cause)
+    assert len(list(batches)) == 3

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import math
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from utils.evolve import read_history
 from utils.loss import DetectionLoss
 from utils.optim import build_optimizer
 from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorms
+from utils.resume import newest_unfinished
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +139,105 @@ def test_resumed_run_equals_the_uninterrupted_one(base, tmp_path, monkeypatch, c
     assert results_of(parts) == results_of(whole)
     best = [load_checkpoint(run / "weights/best.pt")["epoch"] for run in (parts, whole)]
     assert best[0] == best[1]
+
+
+def signal_self_at_call(monkeypatch, name, number, cause):
+    """Ask the process to end while train.py is in the call of that number of one of its parts."""
+    original, calls = getattr(train, name), []
+
+    def call(*arguments, **settings):
+        calls.append(name)
+        if len(calls) == number:
+            os.kill(os.getpid(), cause)
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(train, name, call)
+
+
+def assert_same_state(a, b, where="training"):
+    """Whatever a checkpoint holds for a resumed run, bit by bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_state(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            assert_same_state(*pair, f"{where}.{index}")
+    else:
+        assert a == b, where
+
+
+# The call in which the signal comes, and after how many of its 4 batches the epoch is left.
+STOPS = {
+    "first step": ("optimizer_step", 1, signal.SIGTERM, ("dense", 0, 2)),
+    "within an accumulation": ("compute_loss", 7, signal.SIGINT, ("sparse", 1, 4)),
+    "validation": ("validate", 2, signal.SIGTERM, ("sparse", 1, 4)),
+    "checkpoint": ("save_epoch", 2, signal.SIGHUP, ("dense", 2, 2)),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_states():
+    """The last training state of runs that nothing has interrupted, by kind."""
+    return {}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
+    base, tmp_path, monkeypatch, caplog, whole_states, case
+):
+    part, number, cause, (kind, epoch, batches) = STOPS[case]
+    caplog.set_level("INFO")
+    monkeypatch.setattr(train, "finish", lambda *_: None)  # it strips the state
+    flags = [*base, "--epochs", "3", "--batch", "1", "--nominal-batch", "2", "--optimizer", "AdamW"]
+    flags += ["--bn_sparsity", "--sparsity_rate", "auto"] if kind == "sparse" else []
+    if kind not in whole_states:
+        train.main([*flags, "--name", "whole"])
+        whole_states[kind] = load_checkpoint(tmp_path / "runs/whole/weights/last.pt")["training"]
+    with monkeypatch.context() as patched:
+        signal_self_at_call(patched, part, number, cause)
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*flags, "--name", "parts"])
+    assert stopped.value.code == 128 + cause
+    parts = tmp_path / "runs/parts"
+    assert f"stopped by {cause.name}, saved after batch " in caplog.text
+    assert f"python train.py --resume {parts} goes on" in caplog.text
+    state = load_checkpoint(parts / "weights/last.pt")["training"]
+    assert (state["epoch"] + 1, state["batches"]) == (epoch, batches)
+    train.main(["--resume", str(parts)])
+    state = load_checkpoint(parts / "weights/last.pt")["training"]
+    assert state["epoch"] == 2
+    assert_same_state(state, whole_states[kind])
+    assert [row["epoch"] for row in results_of(parts)] == ["0", "1", "2"]
+
+
+def test_a_run_killed_in_its_first_epoch_can_be_resumed(base, tmp_path, monkeypatch):
+    flags = [*base, "--epochs", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "optimizer_step", lambda *_: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            train.main([*flags, "--name", "parts"])
+    parts = tmp_path / "runs/parts"
+    assert load_detector(parts / "weights/last.pt").names == ("disc", "box", "bar")
+    train.main(["--resume", str(parts)])
+    train.main([*flags, "--name", "whole"])
+    assert_same_weights(
+        weights_of(parts / "weights/last.pt"), weights_of(tmp_path / "runs/whole/weights/last.pt")
+    )
+
+
+def test_a_run_killed_before_it_has_saved_anything_says_how_to_start_it(
+    base, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "save_checkpoint", lambda *_: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            train.main([*base, "--epochs", "1"])
+    with pytest.raises(FileNotFoundError, match=r"saved anything; start it anew, .*exp/opt.yaml"):
+        train.main(["--resume", str(tmp_path / "runs/exp")])
 
 
 def test_finished_run_cannot_be_resumed(base, tmp_path):
@@ -585,7 +686,14 @@ def test_nosave_with_early_stopping_keeps_the_last_epoch(base, tmp_path, monkeyp
 
 def test_kill_between_two_files_leaves_the_best_in_place(base, tmp_path, monkeypatch):
     """last.pt remembers the best fitness, so best.pt must be there before it."""
-    monkeypatch.setattr(train, "save_checkpoint", lambda *_: (_ for _ in ()).throw(Interrupted))
+    save, calls = train.save_checkpoint, []
+
+    def save_once(*arguments):  # the untrained network, at the start
+        if calls:
+            raise Interrupted
+        calls.append(save(*arguments))
+
+    monkeypatch.setattr(train, "save_checkpoint", save_once)
     with pytest.raises(Interrupted):
         train.main([*base, "--epochs", "2"])
     assert load_checkpoint(tmp_path / "runs/exp/weights/best.pt")["epoch"] == 0
@@ -615,7 +723,7 @@ def test_resume_takes_what_is_typed_also_a_default(base, tmp_path, monkeypatch):
     last = str(tmp_path / "runs/exp/weights/last.pt")
     for typed, expected in (([], 0), (["--workers", "8"], 8)):
         options, given = train.parse_args(["--resume", last, *typed])
-        assert train.find_resumed(options, given).options.workers == expected
+        assert train.find_resumed(options, given, train.ROOT).options.workers == expected
 
 
 def test_resume_after_an_early_stop_trains_no_further(base, tmp_path, monkeypatch):
@@ -638,7 +746,7 @@ def test_a_damaged_run_does_not_hide_the_others(base, tmp_path, monkeypatch):
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(b"")
     expected = tmp_path / "runs/exp/weights/last.pt"
-    assert train.newest_unfinished(tmp_path / "runs") == expected
+    assert newest_unfinished(tmp_path / "runs") == expected
 
 
 def test_resume_refuses_other_classes(base, tmp_path, tiny_dataset, monkeypatch):

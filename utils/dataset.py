@@ -9,8 +9,10 @@ there it becomes one warning or one error.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +72,8 @@ Key = int | tuple[int, int] | tuple[int, int, int]
 Problems = dict[int, str]  # by index: what is wrong with an image that is shown as grey
 
 NUM_PROBES = 16  # images looked at to tell one lost image from a lost drive
+
+WORKER_GRACE = 20  # seconds that a worker lives on after SIGTERM
 
 RECT_PAD = 0.5  # of rectangular evaluation batches, in strides
 
@@ -432,6 +436,7 @@ class EpochBatchSampler(Sampler[list[Key]]):
         self.rank, self.world_size = rank, world_size
         self.image_weights: np.ndarray | None = None
         self.epoch = 0
+        self.first_batch = 0
 
     def __len__(self) -> int:
         per_unit = 1 if self.dataset.rect else self.batch_size
@@ -447,6 +452,10 @@ class EpochBatchSampler(Sampler[list[Key]]):
         return padded[self.rank :: self.world_size]
 
     def __iter__(self) -> Iterator[list[Key]]:
+        return itertools.islice(self._batches(), self.first_batch, None)
+
+    def _batches(self) -> Iterator[list[Key]]:
+        """All batches of the epoch."""
         rng = np.random.default_rng((_ORDER_STREAM, self.seed, self.epoch))
         if self.dataset.rect:
             order = np.arange(len(self.dataset.rect_batches))
@@ -491,7 +500,11 @@ class Loader(DataLoader[Any]):
     batch_sampler: EpochBatchSampler
 
     def __init__(self, dataset: DetectionDataset, num_threads: int = 1, **arguments: Any) -> None:
-        super().__init__(_Courier(dataset, num_threads), collate_fn=_pack, **arguments)
+        # Of its own, so that iterating draws nothing from the generator that a run saves.
+        generator = torch.Generator()
+        super().__init__(
+            _Courier(dataset, num_threads), collate_fn=_pack, generator=generator, **arguments
+        )
         self.unreadable: dict[str, str] = {}  # path: what is wrong
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -505,9 +518,9 @@ class Loader(DataLoader[Any]):
                 raise delivery.error
             yield delivery.batch
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose order and augmentation of the next iteration."""
-        self.batch_sampler.epoch = epoch
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose order and augmentation of the next iterations, and how many batches they skip."""
+        self.batch_sampler.epoch, self.batch_sampler.first_batch = epoch, first_batch
 
     def set_image_weights(self, weights: np.ndarray | None) -> None:
         """Draw images in proportion to weights [N], from 0, with replacement; None: each once.
@@ -602,6 +615,12 @@ def sample_batches(loader: Loader, num_images: int) -> list[Batch]:
 
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)  # the workers are the parallelism; more threads would only fight
+    # Ctrl-C and batch systems signal the workers too, but the parent may want to finish its step
+    # and save. It ends them when it leaves; should it be stuck, they go by themselves.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform != "win32":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
 
 
 # -------------------------------------------------------------------------------------- statistics

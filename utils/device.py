@@ -140,3 +140,12 @@ def mean_over_ranks(values: Sequence[float], device: torch.device) -> list[float
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(tensor)
     return (tensor / world_size()).tolist()
+
+
+def is_true_anywhere(flag: bool, device: torch.device) -> bool:
+    """Whether it is true in any process; waits for all of them."""
+    if world_size() == 1:
+        return flag
+    tensor = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(tensor)
+    return bool(tensor.item())

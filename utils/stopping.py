@@ -1,0 +1,62 @@
+"""Ending a long run when it is asked to: by Ctrl-C, SIGTERM or a terminal that closes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# The last is what a process gets when its terminal goes; Windows has none.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class Stopped(Exception):
+    """The run was asked to end, and stands where it can be saved."""
+
+
+class StopRequest:
+    """Between `with` and the end of the block, signals that would end the program are noted.
+
+    The run looks at `signal` where it can stop without loss. A second Ctrl-C interrupts at once;
+    of the other signals more than one may come, as batch systems signal every process they see.
+    What the caller has told the program to ignore (`nohup`) stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for name in SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"\nstopping after this step; Ctrl-C (again) ends at once\n")
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def watch(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, until the program is asked to end.
+
+        Raises:
+            Stopped: it was.
+        """
+        for item in items:
+            if self.signal is not None:
+                raise Stopped
+            yield item
