@@ -83,6 +83,14 @@ from utils.distill import (
 from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, evaluate
 from utils.evolve import Score, evolve
+from utils.finite import (
+    NotFinite,
+    Reading,
+    check_finite,
+    first_layer_not_finite,
+    first_not_finite,
+    save_for_a_look,
+)
 from utils.loss import DetectionLoss, LossSettings
 from utils.metrics import fitness
 from utils.optim import (
@@ -118,17 +126,11 @@ LOGGER = logging.getLogger("train")
 
 LOSS_NAMES = ("box", "obj", "cls")
 MAX_GRADIENT_NORM = 10.0
-NOT_FINITE_HELP = (
-    "what was saved after earlier epochs is good; lower lr0 in the hyperparameters or "
-    "--sparsity_rate, or try --amp off"
-)
+RECOVERY_FACTOR, LEAST_RECOVERY = 0.5, 0.5**5  # of the learning rate with --on-nan recover
 PROGRESS_BATCHES = 10  # between two looks at what the device has computed
 GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
 # Images that the verdict on a sparse network is learnt from and measured on.
 VERDICT_TRAIN_IMAGES, VERDICT_IMAGES, VERDICT_BATCH = 64, 256, 16
-
-# What must be finite: what it is called, a scalar on the device, the files of its batch.
-Reading = tuple[str, Tensor, list[str]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -331,6 +333,8 @@ def join_processes(options: argparse.Namespace, device: torch.device) -> None:
     """Connect the processes, if there are several."""
     if devices.world_size() > 1:
         check_share(options, devices.world_size())
+        if options.on_nan == "recover":
+            raise ValueError("--on-nan recover works in one process only, not in several")
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -693,6 +697,7 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     run.loss_sums = torch.tensor(state.get("loss_sums", ()), device=run.device)
     run.best_fitness, run.best_epoch = state["best_fitness"], state["best_epoch"]
     run.class_maps = state["class_maps"].numpy()
+    run.schedule = dataclasses.replace(run.schedule, factor=state.get("lr_factor", 1.0))
     if run.penalty is not None and "penalty" in state:  # versions before had none
         run.penalty.load_state_dict(state["penalty"])
     run.gammas = [GammaStatistics(**row) for row in state["gammas"]]
@@ -711,6 +716,7 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
         "is_last": is_last,
         "batches": run.batches,
         "loss_sums": run.loss_sums.tolist(),
+        "lr_factor": run.schedule.factor,
         "best_fitness": run.best_fitness,
         "best_epoch": run.best_epoch,
         "class_maps": torch.tensor(run.class_maps),
@@ -737,6 +743,10 @@ def train_epochs(
         except Stopped:
             save_position(run, epoch)
             raise SystemExit(say_goodbye(run, epoch, len(train_loader))) from None
+        except FloatingPointError as error:
+            go_back(run, explain_not_finite(run, error, epoch))
+            epoch = run.first_epoch
+            continue
         run.batches = 0
         is_best, is_last = judge_epoch(run, epoch, result)
         if results is not None:
@@ -745,6 +755,57 @@ def train_epochs(
             if run.penalty is not None and is_verdict_due(options, epoch, is_last):
                 give_verdict(run, run.penalty, train_loader, val_loader, epoch)
         epoch += 1
+
+
+def explain_not_finite(run: Run, error: FloatingPointError, epoch: int) -> str:
+    """What is not finite and where it began; the batch is saved for a look."""
+    reasons = [str(error)]
+    if isinstance(error, NotFinite):
+        if devices.rank() == 0:
+            picture = save_for_a_look(run.dir, error.batch, epoch, error.number, run.names)
+            reasons.append(f"the batch is in {picture} and .txt")
+        images = to_device(run, error.batch, epoch, error.number)
+        layer = first_layer_not_finite(
+            run.model, lambda: compute_loss(run, images, error.batch.targets)
+        )
+        grads = {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}
+        gradient = first_not_finite(grads)
+        if layer is not None:
+            reasons.append(f"the first layer with such an output is {layer}")
+        elif gradient is not None:
+            reasons.append(f"the first such gradient is that of {gradient}")
+    if run.penalty is not None:
+        reasons.append(run.penalty.describe_largest_gamma(epoch))
+    return "; ".join(reasons)
+
+
+def go_back(run: Run, trouble: str) -> None:
+    """Return to what was saved last, with a lower learning rate, or end where that is not wanted.
+
+    Raises:
+        FloatingPointError: `--on-nan stop`, or the rate has been lowered as often as makes sense.
+    """
+    last = run.dir / "weights/last.pt"
+    factor = run.schedule.factor * RECOVERY_FACTOR
+    if run.options.on_nan == "stop":
+        again = (
+            f"python train.py --resume {run.dir} --on-nan recover goes on from what was saved "
+            "last, and halves the learning rate when this comes again; or "
+        )
+        remedy = "lower lr0 in the hyperparameters or --sparsity_rate, or try --amp off"
+        raise FloatingPointError(f"{trouble}; {again if last.is_file() else ''}{remedy}")
+    if factor < LEAST_RECOVERY:
+        raise FloatingPointError(
+            f"{trouble}; with a learning rate {1 / run.schedule.factor:.0f} times lower this still "
+            "happens, so something else is wrong: look at the batch, or try --amp off"
+        )
+    restore_run(run, load_checkpoint(last)["training"])
+    run.optimizer.zero_grad(set_to_none=True)
+    run.schedule = dataclasses.replace(run.schedule, factor=factor)
+    LOGGER.warning(
+        "warning: %s; back to epoch %d, batch %d, with the learning rate times %g",
+        trouble, run.first_epoch, run.batches, factor,
+    )  # fmt: skip
 
 
 def say_goodbye(run: Run, epoch: int, num_batches: int) -> int:
@@ -777,7 +838,7 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
         looks = run.device.type == "cpu" or index % PROGRESS_BATCHES == 0 or is_last
         images = to_device(run, batch, epoch, index)
         loss, parts = compute_loss(run, images, batch.targets)
-        unread.append(("the loss", loss.detach(), batch.paths))
+        unread.append(Reading("the loss", loss.detach(), batch, index))
         if looks:
             check_finite(unread, epoch)
             is_stopping = devices.is_true_anywhere(run.stop.signal is not None, run.device)
@@ -789,7 +850,7 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
         if pending >= run.schedule.accumulation(step, run.options.batch_size) or is_last:
             norm = clip_gradients(run)
             if not run.scaler.is_enabled():  # a scaler leaves steps out that are not finite
-                unread.append(("a gradient", norm, batch.paths))
+                unread.append(Reading("a gradient", norm, batch, index))
             if looks:
                 check_finite(unread, epoch)
             optimizer_step(run, epoch, norm)
@@ -800,6 +861,7 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
         if is_stopping and not pending:
             check_finite(unread, epoch)
             raise Stopped
+    check_weights(run, epoch)
     return devices.mean_over_ranks((run.loss_sums / max(len(loader), 1)).tolist(), run.device)
 
 
@@ -812,6 +874,13 @@ def begin_epoch(run: Run, loader: Loader, epoch: int) -> None:
     loader.set_epoch(epoch, run.batches)
     if not run.batches:
         run.loss_sums = torch.zeros(len(run.loss_names), device=run.device)
+
+
+def check_weights(run: Run, epoch: int) -> None:
+    """Statistics of batch norms can be spoilt by a batch whose loss is finite."""
+    name = first_not_finite(run.model.state_dict()) or first_not_finite(run.ema.model.state_dict())
+    if name is not None:
+        raise FloatingPointError(f"after epoch {epoch} the values of {name} are not all finite")
 
 
 def draw_data(run: Run, loader: Loader, batch: Batch, epoch: int, index: int) -> None:
@@ -856,21 +925,6 @@ def compute_loss(run: Run, images: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     return loss + distillation, torch.cat((parts, terms.sum(0, keepdim=True)))
 
 
-def check_finite(unread: list[Reading], epoch: int) -> None:
-    """Stop at the first of these figures that is not finite, and forget them; waits for the device.
-
-    Weights and average may have taken it in by then: they must not be saved.
-    """
-    values = torch.stack([value for _, value, _ in unread]).tolist() if unread else []
-    for value, (what, _, paths) in zip(values, unread, strict=True):
-        if not math.isfinite(value):
-            files = ", ".join(paths[:4])
-            raise FloatingPointError(
-                f"{what} is {value} in epoch {epoch} (batch with {files}, ...); {NOT_FINITE_HELP}"
-            )
-    unread.clear()
-
-
 def clip_gradients(run: Run) -> Tensor:
     """Unscale the gradients and shorten them to `MAX_GRADIENT_NORM`; returns their norm before."""
     run.scaler.unscale_(run.optimizer)
@@ -890,6 +944,9 @@ def optimizer_step(run: Run, epoch: int, norm: Tensor) -> None:
     """
     if run.penalty is not None:
         run.penalty.before_step(epoch, norm)
+    if run.optimizer.defaults["fused"] and not run.scaler.is_enabled():
+        # It leaves a step out that is not finite, and nothing has to wait for the device.
+        run.optimizer.found_inf = (~norm.isfinite()).float()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     if run.penalty is not None:

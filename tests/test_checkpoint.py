@@ -111,3 +111,22 @@ def test_transfer_can_leave_anchors_alone(model, tiny_spec):
     assert torch.equal(other.head.anchors, before)
     transfer_weights(other, model.state_dict())
     assert torch.equal(other.head.anchors, model.head.anchors)
+
+
+@pytest.mark.parametrize("spoilt", ["model", "training"])
+def test_what_is_not_finite_is_not_saved(tiny_spec, tmp_path, spoilt):
+    path = tmp_path / "last.pt"
+    model = Model(ModelSpec.from_dict(tiny_spec))
+    save_checkpoint(path, build_checkpoint(model, ("a", "b", "c")))
+    before = path.read_bytes()
+    content = build_checkpoint(model, ("a", "b", "c"), training={"ema": [torch.ones(1)]})
+    bad = torch.tensor([1.0, float("inf")])
+    if spoilt == "model":
+        content["model"] = {**content["model"], "model.3.conv.weight": bad}
+        name = "model.model.3.conv.weight"
+    else:
+        content["training"]["ema"].append(bad)
+        name = "training.ema.1"
+    with pytest.raises(FloatingPointError, match=f"last.pt: not saved, the values of {name} are"):
+        save_checkpoint(path, content)
+    assert path.read_bytes() == before

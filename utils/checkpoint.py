@@ -55,9 +55,29 @@ def build_checkpoint(model: Model, names: Sequence[str], **extra: Any) -> dict[s
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write the file whole or not at all."""
+    """Write the file whole or not at all.
+
+    Raises:
+        FloatingPointError: a weight is not finite; the previous file is left as it is.
+    """
+    bad = _name_not_finite(content)
+    if bad is not None:
+        raise FloatingPointError(f"{path}: not saved, the values of {bad} are not all finite")
     with atomic_write(path) as file:
         torch.save(dict(content), file)
+
+
+def _name_not_finite(content: Any, name: str = "") -> str | None:
+    """Where in nested content the first tensor is that is not finite."""
+    if isinstance(content, Tensor):
+        is_good = not content.is_floating_point() or bool(torch.isfinite(content).all())
+        return None if is_good else name
+    if isinstance(content, Mapping):
+        items = list(content.items())
+    else:
+        items = list(enumerate(content)) if isinstance(content, list | tuple) else []
+    found = (_name_not_finite(item, f"{name}.{key}".lstrip(".")) for key, item in items)
+    return next((bad for bad in found if bad is not None), None)
 
 
 def save_final(path: Path, content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:

@@ -54,7 +54,14 @@ def build_optimizer(
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     if name == "SGD":
         nesterov = momentum > 0
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
+        if nesterov:
+            # A fused first step that is left out, as its gradients are not finite, would else go
+            # on from memory that nothing was written to. From 0 the first step is the same.
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     if name == "Adam":
         return torch.optim.Adam(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
     if name == "AdamW":
@@ -83,6 +90,7 @@ class Schedule:
     warmup_steps: int = 0  # batches
     warmup_momentum: float = 0.8
     warmup_bias_lr: float = 0.1
+    factor: float = 1.0  # of all learning rates, lowered where they proved too high
 
     def decay(self, epoch: int) -> float:
         """Share of lr0 in this epoch, from 1 down to lrf; see `at` for warm-up."""
@@ -93,13 +101,14 @@ class Schedule:
 
     def at(self, step: int, epoch: int) -> StepSettings:
         """Settings for batch number `step` (from 0, counted over the whole run)."""
-        lr = self.lr0 * self.decay(epoch)
+        lr = self.lr0 * self.decay(epoch) * self.factor
         if step >= self.warmup_steps:
             return StepSettings(lr, lr, self.momentum)
         share = step / self.warmup_steps
+        bias_lr = self.warmup_bias_lr * self.factor
         return StepSettings(
             lr * share,
-            self.warmup_bias_lr + (lr - self.warmup_bias_lr) * share,
+            bias_lr + (lr - bias_lr) * share,
             self.warmup_momentum + (self.momentum - self.warmup_momentum) * share,
         )
 

@@ -11,6 +11,7 @@ from utils.choices import (
     DEFAULT_COST_POWER,
     MODES,
     NOMINAL_BATCH,
+    ON_NAN,
     OPTIMIZERS,
     SCHEDULES,
     SHORTCUT_RULES,
@@ -41,7 +42,7 @@ ACTS_ONLY_WITH = {
     "--distill-gain": "--teacher",
 }
 # What a resumed run may be told anew; everything else comes from its checkpoint.
-RESUME_FLAGS = {"resume", "device", "workers"}
+RESUME_FLAGS = {"resume", "device", "workers", "on_nan"}
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -85,6 +86,13 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     group.add_argument("--rect", action="store_true", help="rectangular batches, no mosaic")
     group.add_argument("--image-weights", action="store_true", help="draw hard classes more often")
     group.add_argument("--noautoanchor", action="store_true", help="keep the anchors as they are")
+    group.add_argument(
+        "--on-nan",
+        choices=ON_NAN,
+        default="stop",
+        help="when a loss or gradient is not finite: stop, or recover, which goes back to the last "
+        "checkpoint and on with half the learning rate; default: %(default)s",
+    )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument(
         "--evolve",
@@ -215,6 +223,8 @@ def parse_args(
         parser.error("--image-weights needs the validation that --noval leaves out")
     if options.noval and "patience" in given and options.patience:
         parser.error("--patience needs the validation that --noval leaves out")
+    if options.on_nan == "recover" and options.nosave:
+        parser.error("--on-nan recover needs the checkpoints that --nosave leaves out")
     if options.image_weights and options.rect:
         parser.error("--image-weights draws images at random, --rect sorts them; give one of them")
     check_least(parser, options, LEAST_VALUES)

@@ -354,6 +354,15 @@ class SparsityPenalty:
         averages = [conv_block(averaged, path).bn for path in self.batchnorms]
         zero_average(averages, self.batchnorms.values())
 
+    def describe_largest_gamma(self, epoch: int) -> str:
+        """Which layer has the largest |gamma|, or one that is no number."""
+        largest = {
+            path: float(bn.weight.detach().abs().max()) for path, bn in self.batchnorms.items()
+        }
+        path = max(largest, key=lambda path: (math.isnan(largest[path]), largest[path]))
+        rate = self.rate(epoch)
+        return f"largest |gamma| {largest[path]:.3g}, in {path}, at sparsity rate {rate:.3g}"
+
     def _scheduled(self, full_rate: float | Tensor, epoch: int) -> float | Tensor:
         return scheduled_rate(full_rate, epoch, self.epochs, self.schedule)
 
