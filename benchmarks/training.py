@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace, size: str, device: torch.device) -> dic
 class InMemory(list[Batch]):
     """Batches in the place of a loader."""
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """The same in every epoch."""
 
 
@@ -135,6 +135,7 @@ def our_epoch(run: train.Run, batches: Loader | InMemory) -> Callable[[], None]:
     epochs = itertools.count(1)
 
     def epoch() -> None:
+        run.batches = 0  # of the epoch that comes
         with silence():
             train.train_one_epoch(run, batches, next(epochs))
 
