@@ -29,7 +29,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ from utils.checkpoint import (
     transfer_weights,
 )
 from utils.choices import DEFAULT_IMPORTANCE
-from utils.command import run_command
+from utils.command import describe_os_error, run_command
 from utils.config import (
     DatasetSpec,
     Hyperparameters,
@@ -169,10 +170,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = open_results(run, train_split, val_split)
 
     started = time.perf_counter()
-    with run.stop:
+    with run.stop, saying_how_to_go_on(run):
         train_epochs(run, train_loader, val_loader, results)
-    if results is not None:
-        finish(run, time.perf_counter() - started)
+        if results is not None:
+            finish(run, time.perf_counter() - started)
     if devices.world_size() > 1:
         torch.distributed.destroy_process_group()
     return None
@@ -723,6 +724,20 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
         "gammas": [dataclasses.asdict(row) for row in run.gammas],
         "torch_rng": torch.get_rng_state(),
     }
+
+
+@contextmanager
+def saying_how_to_go_on(run: Run) -> Iterator[None]:
+    """A full disk or a share that has gone ends the run, but costs little of it."""
+    try:
+        yield
+    except OSError as error:
+        reason, last = describe_os_error(error), run.dir / "weights/last.pt"
+        if devices.rank() != 0 or not last.is_file():
+            raise
+        raise OSError(
+            f"{reason}; then python train.py --resume {run.dir} goes on from what was saved last"
+        ) from error
 
 
 def train_epochs(

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from models import Model
+from utils.atomic import name_in_errors
 from utils.backends import ExportedNetwork, is_exported
 from utils.backends import load_network as load_exported
 from utils.boxes import to_letterbox
@@ -404,7 +405,8 @@ def study(
     header = ("weights", "imgsz", "precision", "recall", "map50", "map50_95")
     header += ("pre_process_ms", "inference_ms", "nms_ms")
     curves: dict[str, list[tuple[int, float, float]]] = {weights: [] for weights in models}
-    with (run_dir / "study.csv").open("w", newline="", encoding="utf-8") as file:
+    path = run_dir / "study.csv"
+    with name_in_errors(path), path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for weights, model in models.items():

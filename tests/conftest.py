@@ -122,6 +122,15 @@ def tiny_dataset(tmp_path: Path) -> TinyDataset:
     return TinyDataset(root, yaml, images, labels, _TINY_NAMES, num_boxes)
 
 
+@pytest.fixture
+def full_disk():
+    """Call it, and from then on no file of this process can grow beyond 16 KiB."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16384, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Optional test data: facts, real photographs, public weights. Tests skip where it is absent.

@@ -3,7 +3,7 @@
 import pytest
 
 from utils import atomic
-from utils.atomic import atomic_write, move_into_place, staging_folder
+from utils.atomic import atomic_write, move_into_place, name_in_errors, staging_folder
 
 
 def test_the_file_appears_when_it_is_complete(tmp_path):
@@ -44,6 +44,28 @@ def test_an_error_leaves_the_previous_file(tmp_path, error):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "absent" / "a.bin"):
         pass
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_previous_one(tmp_path, full_disk):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    full_disk()
+    with pytest.raises(OSError, match="too large") as caught, atomic_write(path) as file:
+        file.write(bytes(100_000))
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_errors_of_other_files_and_messages_stay_as_they_are(tmp_path):
+    other = str(tmp_path / "other")
+    for error in (OSError(2, "gone", other), OSError("a message")):
+        with pytest.raises(OSError, match=r"gone|a message") as caught, name_in_errors(tmp_path):
+            raise error
+        assert caught.value is error
+    with pytest.raises(OSError, match="full") as caught, name_in_errors(tmp_path):
+        raise OSError(28, "full")
+    assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path))
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])

@@ -130,3 +130,15 @@ def test_what_is_not_finite_is_not_saved(tiny_spec, tmp_path, spoilt):
     with pytest.raises(FloatingPointError, match=f"last.pt: not saved, the values of {name} are"):
         save_checkpoint(path, content)
     assert path.read_bytes() == before
+
+
+def test_a_full_disk_is_named_and_leaves_the_previous_file(model, tmp_path, full_disk):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, build_checkpoint(model, NAMES))
+    before = path.read_bytes()
+    full_disk()
+    with pytest.raises(OSError, match="too large") as caught:  # torch says "unexpected pos 704"
+        save_checkpoint(path, build_checkpoint(model, NAMES))
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,3 +1,4 @@
+import errno
 import sys
 
 import pytest
@@ -22,6 +23,19 @@ def test_advice_where_memory_is_short(message, advice):
     ("error", "words"),
     [
         (FileNotFoundError("x.yaml: no such file"), "error: x.yaml: no such file"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/last.pt"),
+            "error: runs/last.pt: No space left on device; free some space there, or write",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "r.csv"),
+            "error: r.csv: Read-only file system; see to the permission",
+        ),
+        (
+            OSError(errno.ESTALE, "Stale file handle", "/mnt/a.jpg"),
+            "error: /mnt/a.jpg: Stale file handle; if it lies on a drive or a share, connect",
+        ),
+        (OSError(errno.EBUSY, "Device or resource busy"), "error: Device or resource busy"),
         (ValueError("percent is 50"), "error: percent is 50"),
         (FloatingPointError("the loss is nan"), "error: the loss is nan"),
         (torch.OutOfMemoryError("CUDA out of memory"), "try a smaller --batch-size"),

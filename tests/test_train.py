@@ -242,6 +242,42 @@ def test_a_run_killed_before_it_has_saved_anything_says_how_to_start_it(
         train.main(["--resume", str(tmp_path / "runs/exp")])
 
 
+def test_a_full_disk_costs_no_more_than_the_epoch(base, tmp_path, monkeypatch, full_disk):
+    judge_epoch, run = train.judge_epoch, tmp_path / "runs/exp"
+
+    def fill(current, epoch, result):
+        if epoch == 1:
+            full_disk()
+        return judge_epoch(current, epoch, result)
+
+    monkeypatch.setattr(train, "judge_epoch", fill)
+    words = rf"(best|last)\.pt: File too large; .*; then python train.py --resume {run} goes on"
+    with pytest.raises(OSError, match=words):
+        train.main([*base, "--epochs", "2"])
+    assert load_checkpoint(run / "weights/last.pt")["training"]["epoch"] == 0
+    assert load_detector(run / "weights/best.pt").names == ("disc", "box", "bar")
+
+
+def test_a_share_that_goes_while_training_says_how_to_go_on(
+    base, tmp_path, tiny_dataset, monkeypatch
+):
+    judge_epoch, gone = train.judge_epoch, tiny_dataset.images.with_name("gone")
+
+    def unplug(current, epoch, result):
+        tiny_dataset.images.rename(gone)
+        return judge_epoch(current, epoch, result)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "judge_epoch", unplug)
+        words = r"images/train: .*connect its drive.*; then python train.py --resume .*exp goes on"
+        with pytest.raises(OSError, match=words):
+            train.main([*base, "--epochs", "2"])
+    gone.rename(tiny_dataset.images)
+    run = tmp_path / "runs/exp"
+    train.main(["--resume", str(run)])
+    assert [row["epoch"] for row in results_of(run)] == ["0", "1"]
+
+
 def test_finished_run_cannot_be_resumed(base, tmp_path):
     train.main([*base, "--epochs", "1"])
     with pytest.raises(ValueError, match="finished"):

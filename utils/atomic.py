@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -18,17 +19,36 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     Until then it has a temporary name in the same folder. The content is on the disk before the
     name changes, so neither a killed process nor a power cut leaves half a file; after an error
     the previous file, if any, is as it was.
+
+    Raises:
+        OSError: it cannot be written; `filename` is `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with name_in_errors(path, temporary):
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the drive has gone, for example
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def name_in_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Errors of the system within the block name this file.
+
+    A disk that is full does not say for which file, and a temporary name says nothing to users.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, temporary and str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +59,38 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
     Raises:
         FloatingPointError: a weight is not finite; the previous file is left as it is.
+        OSError: it cannot be written; the same holds.
     """
     bad = _name_not_finite(content)
     if bad is not None:
         raise FloatingPointError(f"{path}: not saved, the values of {bad} are not all finite")
     with atomic_write(path) as file:
-        torch.save(dict(content), file)
+        output = _Output(file)
+        try:
+            torch.save(dict(content), output)  # type: ignore[arg-type]  # it only calls `write`
+        except RuntimeError:
+            if output.error is None:
+                raise
+            raise output.error from None
+
+
+class _Output:
+    """A file for torch.save, which does not say why a write has failed; this one remembers."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """As a file does."""
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """Left to the one who closes the file."""
 
 
 def _name_not_finite(content: Any, name: str = "") -> str | None:

@@ -19,6 +19,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from utils.atomic import name_in_errors
+
 # COCO numbers its 80 classes from 1 to 90 and leaves these numbers out.
 _UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 COCO_CATEGORY_IDS = tuple(i for i in range(1, 91) if i not in _UNUSED_COCO_IDS)
@@ -135,7 +137,8 @@ def detections_as_coco(detections: Tensor, path: str, ids: CocoIds) -> list[dict
 
 def write_json(path: Path, content: Any) -> None:
     """Write compact JSON."""
-    path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+    with name_in_errors(path):
+        path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
 
 
 def score_with_pycocotools(annotations: Path, results: Path, image_ids: Sequence[int]) -> CocoScore:

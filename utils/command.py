@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
+
+# What to do about an error of the system.
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there, or write elsewhere"),
+    errno.EFBIG: "files of this size are not allowed there (see ulimit -f)",
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "see to the permission"),
+    **dict.fromkeys(
+        (errno.ENOENT, errno.EIO, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ESTALE),
+        "if it lies on a drive or a share, connect it again",
+    ),
+}
 
 
 def run_command(main: Callable[[], None], when_interrupted: str = "interrupted") -> None:
@@ -17,7 +29,9 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
     """
     try:
         main()
-    except (OSError, ValueError, FloatingPointError) as error:
+    except OSError as error:
+        raise SystemExit(f"error: {describe_os_error(error)}") from None
+    except (ValueError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -26,6 +40,15 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
     except KeyboardInterrupt:
         print(f"\n{when_interrupted}")
         raise SystemExit(130) from None
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line: which file, what is wrong, and what to do; a message of our own as it is."""
+    if error.errno is None or error.strerror is None:
+        return str(error)
+    place = f"{error.filename}: " if error.filename is not None else ""
+    remedy = REMEDIES.get(error.errno)
+    return f"{place}{error.strerror}{f'; {remedy}' if remedy else ''}"
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

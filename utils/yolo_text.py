@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.atomic import name_in_errors
 from utils.boxes import cxcywh_from_xyxy
 
 
@@ -22,4 +23,5 @@ def write_text(
     ):
         numbers = [*row, conf] if save_conf else row
         lines.append(" ".join([str(int(cls)), *(f"{number:.6g}" for number in numbers)]) + "\n")
-    path.write_text("".join(lines), encoding="utf-8")
+    with name_in_errors(path):
+        path.write_text("".join(lines), encoding="utf-8")
