@@ -95,7 +95,7 @@ def detect(
 ) -> None:
     """Take picture after picture; whatever ends this, the files written so far are complete."""
     frames = iter(reader)
-    is_live = reader.sources.address is not None
+    is_live = reader.sources.address is not None and reader.sources.has_clips
     if is_live:
         LOGGER.info("Ctrl-C ends the run")
     try:
@@ -207,7 +207,8 @@ def choose_stems(sources: Sources) -> dict[str, str]:
     """By origin, how the names of its files begin; no two files get the same name."""
     if sources.address is not None:
         origin = describe_address(sources.address)
-        return {origin: safe_name(origin.rpartition("://")[2]).replace(" ", "_")}
+        name = Path(origin).stem if sources.is_image_address else origin.rpartition("://")[2]
+        return {origin: safe_name(name).replace(" ", "_")}
     clips = Sources(tuple(path for path in sources.files if Sources((path,)).has_clips))
     stems = unique_stems([str(path) for path in sources.files])
     for path in map(str, clips.files):

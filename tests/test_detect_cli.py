@@ -13,7 +13,7 @@ from PIL import Image
 
 import detect
 from models import load_model
-from tests.test_sources import break_frame, mjpeg_handler, serve, write_image, write_video
+from tests.test_sources import Files, break_frame, mjpeg_handler, serve, write_image, write_video
 from utils import sources, window
 from utils.backends import Network
 from utils.image_files import read_image
@@ -316,6 +316,16 @@ def test_view_img(run, folder, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------- streams
+def test_an_image_elsewhere_is_an_image(run, folder, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.chdir(folder / "zwei")
+    with serve(Files) as address:
+        run_dir = run(address.replace("stream", "b.jpg?size=2"), "--save-txt")
+    assert files_of(run_dir) == {"b.jpg", "labels/b.txt"}
+    assert "1 images and 0 video frames" in caplog.text
+    assert "Ctrl-C" not in caplog.text
+
+
 def test_a_stream_is_written_at_its_pace(run, monkeypatch, caplog):
     monkeypatch.setattr(sources, "RECONNECT_WAITS_S", (0.01,))
     monkeypatch.setattr(sources, "_frame_rate", lambda _: 20.0)

@@ -1,3 +1,4 @@
+import base64
 import itertools
 import socketserver
 import threading
@@ -338,4 +339,81 @@ def test_an_address_with_an_end_is_read_whole(tmp_path, monkeypatch):
     with serve(Handler) as address:
         reader = FrameReader(Sources(address=address.replace("stream", "a.avi")))
         assert len(list(reader)) == 10
+    assert reader.problems == []
+
+
+class Files(SimpleHTTPRequestHandler):
+    """The working directory; what has `locked` in its name asks for a password."""
+
+    def do_GET(self):
+        expected = "Basic " + base64.b64encode(b"me:s/cret").decode()
+        if "locked" in self.path and self.headers["Authorization"] != expected:
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Basic realm="here"')
+            self.end_headers()
+        else:
+            super().do_GET()
+
+    def log_message(self, *args):
+        """Quiet."""
+
+
+def test_an_image_elsewhere_is_seen_once(tmp_path, monkeypatch):
+    """It was taken for a stream that is lost after each frame, and asked for again for ever."""
+    monkeypatch.chdir(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 48), (90, 90, 90)).save(tmp_path / "locked ä.JPG", exif=exif)
+    (tmp_path / "b.jpg").write_bytes(b"no image")
+    with serve(Files) as address:
+        secret = address.replace("//", "//me:s%2Fcret@").replace("stream", "locked ä.JPG?a=1")
+        found = find_sources(secret)
+        assert (found.has_clips, found.is_image_address) == (False, True)
+        reader = FrameReader(found)
+        assert reader.count() == 1
+        (frame,) = reader
+        assert frame.image.shape == (64, 48, 3)  # upright
+        assert (frame.origin, frame.number) == (address.replace("stream", "locked ä.JPG"), None)
+        for name, reason in (
+            ("b.jpg", "not an image, or a damaged one"),
+            ("none.jpg", "cannot be fetched: File not found"),
+            ("locked ä.JPG", "cannot be fetched: .+"),
+        ):
+            elsewhere = address.replace("stream", name)
+            with pytest.raises(OSError, match=f"^{elsewhere}: {reason}"):
+                FrameReader(find_sources(elsewhere))
+
+
+@pytest.mark.parametrize("name", ["a.gif", "b.gif", "c.avi"])
+def test_a_short_clip_elsewhere_ends(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    if name == "c.avi":
+        write_video(tmp_path / name, 1)
+    else:
+        first, *more = [Image.new("L", (64, 48), value) for value in range(10, 60, 10)]
+        first.save(tmp_path / name, save_all=True, append_images=more if name == "a.gif" else [])
+    with serve(Files) as address:
+        reader = FrameReader(Sources(address=address.replace("stream", name)))
+        assert len(list(reader)) == (5 if name == "a.gif" else 1)
+    assert reader.problems == []
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_picture_under_another_name_comes_to_an_end(tmp_path, monkeypatch):
+    """Each connection gives one frame: a few are enough to see that there is no more."""
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "a.png").rename(tmp_path / "snapshot")
+    with serve(Files) as address:
+        frames = list(FrameReader(Sources(address=address.replace("stream", "snapshot"))))
+    assert 1 <= len(frames) <= 3  # of the first connection and of each attempt
+
+
+def test_a_video_that_does_not_say_how_long_it_is(tmp_path):
+    path = tmp_path / "a.h263"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"H263"), 25, (176, 144))
+    for number in range(1, 11):
+        writer.write(grey(10 * number, (144, 176)))
+    writer.release()
+    reader = FrameReader(Sources((path.rename(tmp_path / "a.mpg"),)))
+    assert len(list(reader)) == 10
     assert reader.problems == []

@@ -15,13 +15,14 @@ import re
 import threading
 import time
 from collections.abc import Generator, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
 
+from utils.image_address import is_image_address, read_image_address
 from utils.image_files import IMAGE_SUFFIXES, is_image_name, read_image, silent_decoder
 
 LOGGER = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ EXPECTED = (
     "an image, a video, a folder of these, a 'pattern*.jpg', a .txt list, a camera number or the "
     "address of a stream"
 )
+# Of the addresses that end so, what is there has an end, whether it says how long it is or not.
+WITH_AN_END = VIDEO_SUFFIXES - {".ts", ".flv"}
 SCHEMES = frozenset({"rtsp", "rtsps", "rtmp", "http", "https", "tcp", "udp", "rtp", "srt"})
 
 RECONNECT_WAITS_S = (1.0, 2.0, 4.0)  # before each attempt to get a lost stream back
@@ -44,15 +47,22 @@ FALLBACK_FPS = 25.0  # where a camera or a file does not say
 
 
 class Sources(NamedTuple):
-    """Either files, or one camera number or stream address."""
+    """Either files, or one camera number or address: of a stream, a video or an image."""
 
     files: tuple[Path, ...] = ()
     address: str | int | None = None
 
     @property
     def has_clips(self) -> bool:
-        """Whether there is anything else than image files."""
-        return self.address is not None or not all(is_image_name(p.name) for p in self.files)
+        """Whether there is anything else than images."""
+        if self.address is not None:
+            return not self.is_image_address
+        return not all(is_image_name(path.name) for path in self.files)
+
+    @property
+    def is_image_address(self) -> bool:
+        """Whether there is one image, elsewhere."""
+        return isinstance(self.address, str) and is_image_address(self.address)
 
 
 class Frame(NamedTuple):
@@ -71,9 +81,10 @@ def find_sources(text: str) -> Sources:
     """Say what `--source` means.
 
     Args:
-        text: a camera number, the address of a stream, an image or video file, a folder (without
-            its subfolders), a pattern with `*`, `?` or `**`, or a `.txt` list of files, one a line,
-            relative to the list's folder or failing that to the working directory.
+        text: a camera number, the address of a stream, video or image, an image or video file, a
+            folder (without its subfolders), a pattern with `*`, `?` or `**`, or a `.txt` list of
+            files, one a line, relative to the list's folder or failing that to the working
+            directory.
 
     Raises:
         FileNotFoundError: there is no such file, or nothing fits the pattern.
@@ -168,18 +179,23 @@ class FrameReader:
         vid_stride: of videos and streams, every n-th frame.
 
     Raises:
-        OSError: the camera or stream cannot be opened.
+        OSError: the camera, stream or image elsewhere cannot be opened.
     """
 
     def __init__(self, sources: Sources, vid_stride: int = 1) -> None:
         self.sources, self.vid_stride = sources, vid_stride
         self.problems: list[str] = []
         self._live_capture: cv2.VideoCapture | None = None
-        if sources.address is not None:
+        if sources.address is not None and not sources.is_image_address:
             self._live_capture = self._open_live(sources.address)  # or not: before a run begins
+        self._picture: np.ndarray | None = None
+        if sources.is_image_address:
+            self._picture = self._fetch(str(sources.address))
 
     def count(self) -> int | None:
         """How many pictures there will be, as far as the files say; None for a stream."""
+        if self._picture is not None:
+            return 1
         if self.sources.address is not None:
             return None
         total = 0
@@ -194,7 +210,9 @@ class FrameReader:
 
     def __iter__(self) -> Generator[Frame, None, None]:
         address = self.sources.address
-        if address is not None:
+        if self._picture is not None:
+            yield Frame(self._picture, describe_address(str(address)))
+        elif address is not None:
             yield from self._live(address)
         for path in self.sources.files:
             if is_image_name(path.name):
@@ -225,6 +243,12 @@ class FrameReader:
         finally:
             capture.release()
 
+    def _fetch(self, address: str) -> np.ndarray:
+        try:
+            return read_image_address(address)
+        except OSError as error:
+            raise OSError(f"{describe_address(address)}: {error}") from None
+
     def _open_live(self, address: str | int) -> cv2.VideoCapture:
         capture = _open_capture(address)
         if not capture.isOpened():
@@ -238,7 +262,8 @@ class FrameReader:
         origin = describe_address(address)
         capture = self._live_capture or self._open_live(address)
         self._live_capture = None
-        if capture.get(cv2.CAP_PROP_FRAME_COUNT) > 1:  # it has an end: a file elsewhere
+        suffix = PurePosixPath(urlsplit(origin).path).suffix.lower()
+        if capture.get(cv2.CAP_PROP_FRAME_COUNT) >= 1 or suffix in WITH_AN_END:  # a file elsewhere
             try:
                 yield from self._video(capture, origin)
             finally:
@@ -248,7 +273,7 @@ class FrameReader:
 
     def _video(self, capture: cv2.VideoCapture, origin: str) -> Iterator[Frame]:
         """All frames; a copy of its neighbour stands in for one that is broken, for the length."""
-        stated = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        stated = max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0)  # negative: it does not say
         fps = _frame_rate(capture) / self.vid_stride
         last: Frame | None = None
         broken: list[int] = []  # numbers in a row, up to now
@@ -276,8 +301,11 @@ class FrameReader:
                 last = Frame(image, origin, number, fps)
                 yield last
         if last is None:
-            self._report(f"{origin}: no frame can be decoded")
-        elif len(broken) > 1 + stated // 50:  # some files only estimate how many there are
+            remedy = "; try to download it first" if "://" in origin else ""
+            self._report(f"{origin}: no frame can be decoded{remedy}")
+        elif (
+            stated and len(broken) > 1 + stated // 50
+        ):  # some files only estimate how many there are
             self._report(f"{origin}: ends after frame {broken[0] - 1} of {stated}")
 
     def _stream(
@@ -330,22 +358,24 @@ class _NewestFrame:
         self._thread.join(timeout=1)
 
     def _run(self) -> None:
-        number = failures = attempts = 0
+        number = failures = attempts = num_since = 0  # the latter: frames of this connection
         try:
             while not self._closed:
                 image = _next_image(self._capture, decode=number % self.vid_stride == 0)
                 if image is not None:
                     if failures and not attempts:
                         LOGGER.warning("passed over: %s: a broken frame", self.origin)
-                    failures = attempts = 0
-                    number += 1
+                    failures = 0
+                    number, num_since = number + 1, num_since + 1
+                    if num_since > 1:  # a single one is a picture that is served again and again
+                        attempts = 0
                     if image.size:
                         self._offer((number, time.monotonic(), image))
                 elif failures < MAX_BROKEN_LIVE:
                     failures += 1
                 elif attempts < len(RECONNECT_WAITS_S):
                     self._reconnect(RECONNECT_WAITS_S[attempts])
-                    attempts += 1
+                    attempts, num_since = attempts + 1, 0
                 else:
                     break
         finally:

@@ -29,7 +29,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--source",
         required=True,
         help="image, video, folder, 'glob', .txt list of files, camera number, or the address of "
-        "a stream (rtsp://, http://)",
+        "a stream, video or image (rtsp://, http://)",
     )
     group.add_argument("--vid-stride", type=int, default=1, help="take every n-th frame")
     group = parser.add_argument_group("detection")
