@@ -83,7 +83,7 @@ from utils.distill import (
 )
 from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, evaluate
-from utils.evolve import Score, evolve
+from utils.evolve import Score, evolve, keep_options
 from utils.finite import (
     NotFinite,
     Reading,
@@ -191,6 +191,7 @@ def search_hyperparameters(
     """`--evolve`: many trainings, each a process of its own with the same flags."""
     seed_hyp = load_hyperparameters(find_config(options.hyp, ["data/hyps"], ROOT))
     folder = new_run_dir(options.project, options.name, options.exist_ok)
+    keep_options(folder, vars(options))
     flags = [*argv, "--evolve", "0", "--project", str(folder), "--name", "generation", "--exist-ok"]
     # One validation at the end is enough, unless the training itself needs them.
     flags += ["--nosave"] if {"image_weights", "patience"} & given else ["--nosave", "--noval"]

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from utils.config import load_hyperparameters
-from utils.evolve import SEARCH_BOUNDS, Generation, Score, evolve, mutate, read_history
+from utils.evolve import (
+    SEARCH_BOUNDS,
+    Generation,
+    Score,
+    evolve,
+    keep_options,
+    mutate,
+    read_history,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 LOW = load_hyperparameters(ROOT / "data/hyps/hyp.scratch-low.yaml")
@@ -50,6 +58,18 @@ def test_interrupted_search_goes_on_as_it_would_have(tmp_path):
     assert (part / "evolve.csv").read_text() == (whole / "evolve.csv").read_text()
     evolve(part, LOW, 3, hill)  # nothing left to do
     assert (part / "evolve.csv").read_text() == (whole / "evolve.csv").read_text()
+
+
+def test_a_search_goes_on_with_the_options_it_began_with(tmp_path):
+    options = {"data": "a.yaml", "epochs": 3, "freeze": [0], "evolve": 2, "device": ""}
+    keep_options(tmp_path, options)
+    keep_options(tmp_path, options | {"epochs": 5})  # nothing was trained yet
+    evolve(tmp_path, LOW, 1, hill)
+    keep_options(tmp_path, options | {"epochs": 5, "evolve": 9, "device": "0", "new": 1})
+    with pytest.raises(ValueError, match="began with epochs 5, not 3; go on with the same"):
+        keep_options(tmp_path, options)
+    with pytest.raises(ValueError, match=r"began with data a\.yaml, not b\.yaml"):
+        keep_options(tmp_path, options | {"epochs": 5, "data": "b.yaml"})
 
 
 def test_children_stay_in_bounds_and_zeros_can_wake():

@@ -13,13 +13,13 @@ import dataclasses
 import io
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.config import Hyperparameters
+from utils.config import Hyperparameters, load_yaml
 from utils.run_dir import save_options, write_text_atomic
 
 LOGGER = logging.getLogger(__name__)
@@ -59,6 +59,11 @@ NOISE = 0.2  # standard deviation of the logarithm
 # A value of 0 cannot be multiplied away from it: this share of them gets a small start.
 AWAKENED_SHARE, AWAKENED_TO = 0.1, 0.05  # the latter as a share of the upper bound
 
+# What may change while a search goes on: all else changes what a fitness means.
+FREE_OPTIONS = frozenset(
+    {"evolve", "project", "name", "exist_ok", "device", "workers", "cache", "tensorboard"}
+)
+
 FIGURES = ("generation", "fitness", "mAP_0.5", "mAP_0.5:0.95")
 
 
@@ -76,6 +81,24 @@ class Generation(NamedTuple):
     number: int
     score: Score
     hyp: Hyperparameters
+
+
+def keep_options(folder: Path, options: Mapping[str, Any]) -> None:
+    """Save the options of a new search; see that one that goes on has those that it began with.
+
+    Raises:
+        ValueError: it has others, so that its generations could not be compared.
+    """
+    path = folder / "opt.yaml"
+    if (folder / "evolve.csv").exists() and path.exists():
+        began = load_yaml(path)
+        for name, value in options.items():
+            if name not in FREE_OPTIONS and began.get(name, value) != value:
+                raise ValueError(
+                    f"{folder}: this search began with {name} {began[name]}, not {value}; go on "
+                    "with the same options, or start another with another --name"
+                )
+    save_options(path, options)
 
 
 def evolve(
