@@ -137,14 +137,13 @@ def load_network(
 ) -> Model | ExportedNetwork:
     """Read a network and check that it fits the data set."""
     model: Model | ExportedNetwork
-    if is_exported(weights):
-        path = Path(weights)
+    path = find_weights(weights, ROOT)
+    if is_exported(path):
         model = load_exported(path, device, half=options.half)
         names = model.names
         if options.task == "study" and model.imgsz_hw is not None:
             raise ValueError(f"{path}: takes one size only; --task study needs all, see --dynamic")
     else:
-        path = find_weights(weights, ROOT)
         model, names, _ = load_detector(path, device)
     if not options.single_cls:
         check_class_names(names, data.names, str(path), str(data.source))

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -384,6 +385,17 @@ def test_val_gives_the_same_map_by_the_same_protocol(
         expected = validate(weights, tiny_dataset, tmp_path / "runs", "--img", "96")
         for key in ("map50", "map50_95", "precision", "recall"):
             assert found[key] == pytest.approx(expected[key], abs=1e-3)
+
+
+def test_val_finds_exports_where_it_finds_checkpoints(tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/a.onnx").touch()
+    monkeypatch.setattr(val, "ROOT", tmp_path)
+    monkeypatch.setattr(val, "load_exported", lambda path, *_, half: SimpleNamespace(names=path))
+    options = SimpleNamespace(single_cls=True, half=False, task="val")
+    assert val.load_network("a.onnx", None, options, CPU).names == tmp_path / "weights/a.onnx"
+    with pytest.raises(FileNotFoundError, match=r"b\.onnx: no such file; tried"):
+        val.load_network("b.onnx", None, options, CPU)
 
 
 def test_val_refuses_another_size_and_half(weights, tiny_dataset, tmp_path, caplog):
