@@ -306,7 +306,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_shipped_commands_run_as_they_are_written(name):
-    """In the project folder, as the yaml file, the script and README have them."""
+    """In the project folder, as the yaml file, the script and docs/data.md have them."""
     words = COMMANDS[name].split()
     assert words[0] == "python"
     asked = subprocess.run(
@@ -314,7 +314,8 @@ def test_shipped_commands_run_as_they_are_written(name):
     )
     assert asked.returncode == 0, asked.stderr
     assert "--out" in asked.stdout
-    row = next(row for row in (ROOT / "README.md").read_text().splitlines() if f"`{name}`" in row)
+    page = (ROOT / "docs/data.md").read_text()
+    row = next(row for row in page.splitlines() if f"`{name}`" in row)
     assert f"`{COMMANDS[name]}`" in row
 
 
