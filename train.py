@@ -110,6 +110,7 @@ from utils.pruning.channel_groups import find_channel_groups
 from utils.pruning.forecast import Forecast, SparsityPlan, choose_auto_rate, plan_steps
 from utils.pruning.search import build_pruner
 from utils.pruning.slimming import (
+    NEAR_ZERO,
     GammaStatistics,
     SparsityPenalty,
     gamma_statistics,
@@ -664,6 +665,7 @@ def build_penalty(
         options.sparsity_mode,
         options.sparsity_schedule,
         options.sparsity_cost,
+        options.sparsity_share,
     )
 
 
@@ -764,6 +766,11 @@ def train_epochs(
             epoch = run.first_epoch
             continue
         run.batches = 0
+        if run.penalty is not None and run.penalty.release():
+            LOGGER.info(
+                "epoch %d: %.0f%% of the gammas are below %g; the others are let go from here on",
+                epoch, 100 * run.penalty.release_share, NEAR_ZERO,
+            )  # fmt: skip
         is_best, is_last = judge_epoch(run, epoch, result)
         if results is not None:
             log_epoch(run, results, epoch, losses, result)

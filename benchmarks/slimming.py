@@ -141,7 +141,8 @@ def list_steps(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
     penalty = ["--bn_sparsity", *(study.penalty or ("--sparsity_rate", "auto"))]
     teacher = ["--teacher", str(folder / "dense/weights/best.pt")]
     yield train("sparse", *start, *penalty, *(teacher if study.has_teacher else ()))
-    yield train("plain", *start, "--bn_sparsity", "--sparsity_rate", "auto", "--sparsity_cost", "0")
+    classic = ("--sparsity_cost", "0", "--sparsity_share", "1")
+    yield train("plain", *start, "--bn_sparsity", "--sparsity_rate", "auto", *classic)
     yield prune("classic", "--percent", *PERCENTS, *CLASSIC, result="sweep.csv")
     yield prune("ours", "--percent", *PERCENTS, result="sweep.csv")
     for percent, gflops in _classic_gflops(folder):

@@ -269,6 +269,48 @@ def test_a_resumed_penalty_has_the_auto_rate_of_its_run(model):
     assert resumed.rate(1) == penalty.rate(1) > 0.3
 
 
+def test_once_enough_is_down_the_rest_is_let_go(model):
+    def pulled(penalty):
+        """The gradients that the penalty alone gives to all gammas, and to all betas."""
+        for bn in penalty.batchnorms.values():
+            bn.weight.grad, bn.bias.grad = torch.zeros_like(bn.weight), torch.zeros_like(bn.bias)
+        penalty.before_step(0, FINITE)
+        layers = penalty.batchnorms.values()
+        on_gammas = torch.cat([bn.weight.grad for bn in layers])
+        return on_gammas, torch.cat([bn.bias.grad for bn in layers])
+
+    penalty = SparsityPenalty(model, 0.5, epochs=4, release_share=0.75)
+    gammas = torch.ones(penalty.num_channels)
+    torch.nn.init.ones_(next(iter(penalty.batchnorms.values())).bias)
+    down = round(penalty.num_channels * 0.75)
+    for number, expected in ((down - 1, False), (down, True), (down, False)):
+        gammas[:number] = 0.009
+        gammas[number:] = 0.011
+        place(gammas, penalty)
+        assert penalty.release() is expected
+    resumed = SparsityPenalty(copy.deepcopy(model), 0.5, epochs=4, release_share=0.75)
+    resumed.load_state_dict(copy.deepcopy(penalty.state_dict()))
+    for each in (penalty, resumed):
+        on_gamma, on_beta = pulled(each)
+        assert torch.equal(on_gamma != 0, gammas < 0.01)
+        assert not on_beta[down:].any()
+        assert each.release() is False
+
+
+def test_by_default_nothing_is_let_go(model):
+    penalty = SparsityPenalty(model, 0.5, epochs=4)
+    place(torch.zeros(penalty.num_channels), penalty)
+    assert penalty.release() is False
+    assert all(weights.all() for weights in penalty.weights)
+
+
+def place(gammas, penalty):
+    """Give the penalised layers these gammas, one after the other."""
+    layers = list(penalty.batchnorms.values())
+    for bn, part in zip(layers, gammas.split([bn.num_features for bn in layers]), strict=True):
+        bn.weight.data.copy_(part)
+
+
 def test_median_gamma_looks_at_what_is_trained(model):
     batchnorms = prunable_batchnorms(model)
     for bn in batchnorms.values():

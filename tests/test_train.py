@@ -640,7 +640,7 @@ def test_sparse_run_of_an_older_version_goes_on_as_it_began(base, tmp_path, monk
     train_until(monkeypatch, 0, [*base, "--epochs", "2", "--bn_sparsity", "--sparsity_cost", "0"])
     last = tmp_path / "runs/exp/weights/last.pt"
     content = load_checkpoint(last)
-    for name in ("sparsity_schedule", "sparsity_cost"):
+    for name in ("sparsity_schedule", "sparsity_cost", "sparsity_share"):
         del content["options"][name]
     for group in content["training"]["optimizer"]["param_groups"]:
         group["fused"] = None
@@ -999,6 +999,7 @@ REFUSED = {
     "rate of words": (["--bn_sparsity", "--sparsity_rate", "much"], "a number or auto, not 'much'"),
     "mode without penalty": (["--sparsity_mode", "proximal"], "--sparsity_mode acts only with"),
     "cost without penalty": (["--sparsity_cost", "0"], "--sparsity_cost acts only with"),
+    "share above 1": (["--bn_sparsity", "--sparsity_share", "60"], "--sparsity_share is 60"),
     "cost too high": (
         ["--bn_sparsity", "--sparsity_cost", "2"],
         "--sparsity-cost is 2.0, expected",

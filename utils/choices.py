@@ -19,6 +19,7 @@ MODES = ("subgradient", "proximal")
 # betas are pulled throughout.
 SCHEDULES = ("linear", "hold")
 DEFAULT_COST_POWER = 0.25  # of train.py; why: benchmarks/slimming.md
+AUTO_SHARE = 0.6  # of the gammas, after which --sparsity_rate auto lets the others go
 
 IMPORTANCES = ("gamma", "error", "error-per-cost")
 DEFAULT_IMPORTANCE = "error-per-cost"

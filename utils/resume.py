@@ -53,7 +53,7 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
             "<run>/opt.yaml); put it back there"
         )
     # A run of an older version does not know the newer flags, and goes on as it began.
-    defaults = vars(build_parser().parse_args([])) | {"sparsity_cost": 0.0}
+    defaults = vars(build_parser().parse_args([])) | {"sparsity_cost": 0.0, "sparsity_share": 1.0}
     merged = argparse.Namespace(**{**defaults, **content["options"]})
     for name in given - {"resume"}:
         setattr(merged, name, getattr(options, name))

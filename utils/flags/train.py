@@ -8,6 +8,7 @@ from pathlib import Path
 
 from utils.choices import (
     AMP_CHOICES,
+    AUTO_SHARE,
     DEFAULT_COST_POWER,
     MODES,
     NOMINAL_BATCH,
@@ -35,10 +36,9 @@ LEAST_VALUES = {
 # A flag that does nothing without another.
 ACTS_ONLY_WITH = {
     **dict.fromkeys(
-        ("--sparsity_rate", "--sparsity_mode", "--sparsity_schedule", "--sparsity_cost"),
-        "--bn_sparsity",
+        ("--sparsity_rate", "--sparsity_mode", "--sparsity_schedule", "--shortcut"), "--bn_sparsity"
     ),
-    "--shortcut": "--bn_sparsity",
+    **dict.fromkeys(("--sparsity_cost", "--sparsity_share"), "--bn_sparsity"),
     "--distill-gain": "--teacher",
 }
 # What a resumed run may be told anew; everything else comes from its checkpoint.
@@ -145,6 +145,14 @@ def add_slimming_flags(parser: argparse.ArgumentParser) -> None:
         "saves; 0: the same for all (classic); default: %(default)s",
     )
     group.add_argument(
+        "--sparsity_share",
+        "--sparsity-share",
+        type=float,
+        metavar="SHARE",
+        help="once this share of the gammas is below 0.01 the others are let go and recover; 1: "
+        f"never (classic); default: {AUTO_SHARE:g} with --sparsity_rate auto, else 1",
+    )
+    group.add_argument(
         "--shortcut",
         choices=SHORTCUT_RULES,
         default="group",
@@ -219,6 +227,21 @@ def parse_args(
         parser.error("--weights '' needs a network: give --cfg, for example --cfg yolov5n.yaml")
     if options.ft_pruned_model and not options.weights:
         parser.error("--ft_pruned_model needs the pruned checkpoint: give --weights")
+    check_validation_and_loading(parser, options, given)
+    check_least(parser, options, LEAST_VALUES)
+    check_shares(parser, options, ("sparsity_cost", "sparsity_share"))
+    if options.sparsity_share is None:
+        options.sparsity_share = AUTO_SHARE if options.sparsity_rate == "auto" else 1.0
+    if options.label_smoothing is not None and not 0 <= options.label_smoothing < 1:
+        parser.error(f"--label-smoothing is {options.label_smoothing}, expected 0 to below 1")
+    check_device(parser, options)
+    return options, given
+
+
+def check_validation_and_loading(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, given: set[str]
+) -> None:
+    """Refuse flags that need what others leave out."""
     if options.noval and options.image_weights:
         parser.error("--image-weights needs the validation that --noval leaves out")
     if options.noval and "patience" in given and options.patience:
@@ -227,12 +250,6 @@ def parse_args(
         parser.error("--on-nan recover needs the checkpoints that --nosave leaves out")
     if options.image_weights and options.rect:
         parser.error("--image-weights draws images at random, --rect sorts them; give one of them")
-    check_least(parser, options, LEAST_VALUES)
-    check_shares(parser, options, ("sparsity_cost",))
-    if options.label_smoothing is not None and not 0 <= options.label_smoothing < 1:
-        parser.error(f"--label-smoothing is {options.label_smoothing}, expected 0 to below 1")
-    check_device(parser, options)
-    return options, given
 
 
 def _option_name(flag: str) -> str:

@@ -11,9 +11,12 @@ gammas of a channel that is not used are driven to 0 alike, and it is the mean t
 Channels that cost more operations are penalised more (`cost_weights`): a plain L1 term empties the
 deep layers, where channels are many and cheap, and leaves the first ones, where the time goes.
 
+When enough gammas are down the others can be let go (`SparsityPenalty.release`): the pull has told
+them apart, and from then on only biases what the network keeps.
+
 References: Liu et al. 2017, Network Slimming, arXiv:1708.06519, section 3; Ye et al. 2018,
 arXiv:1802.00124, for the proximal step; Gordon et al. 2018, MorphNet, arXiv:1711.06798, for the
-weights by cost.
+weights by cost; Meinshausen 2007, Relaxed Lasso, doi:10.1016/j.csda.2006.12.019, for the release.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from utils.pruning.keep_masks import suggested_percent
 RATE_DECAY = 0.9  # "linear": of the rate on gamma over the run; the last epoch has about a tenth
 HOLD_UNTIL, ZERO_FROM = 0.5, 0.9  # "hold": shares of the run
 BETA_FACTOR = 10.0  # beta is pushed harder, so that a channel with gamma 0 is also silent
+NEAR_ZERO = 0.01  # |gamma| of a channel that is down
 NOISE_MEMORY = 0.999  # of the running mean of squared gradients, as Adam's second moment
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # percentiles that go into results.csv
 
@@ -276,6 +280,7 @@ class SparsityPenalty:
         mode: str = "subgradient",
         schedule: str = "linear",
         cost_power: float = 0.0,
+        release_share: float = 1.0,
     ) -> None:
         """Find what is to be penalised.
 
@@ -287,6 +292,7 @@ class SparsityPenalty:
             mode: one of `MODES`.
             schedule: one of `SCHEDULES`.
             cost_power: of `cost_weights`.
+            release_share: of the gammas, 0 to 1; see `release`. 1: never.
 
         Raises:
             ValueError: a negative rate, an unknown mode or schedule, or a network without prunable
@@ -307,6 +313,8 @@ class SparsityPenalty:
         self.shortcut = shortcut
         self.mode = mode
         self.schedule = schedule
+        self.release_share = release_share
+        self.is_released = False
         self.noise = GradientNoise(bn.weight for bn in self.batchnorms.values())
 
     @property
@@ -354,6 +362,25 @@ class SparsityPenalty:
         averages = [conv_block(averaged, path).bn for path in self.batchnorms]
         zero_average(averages, self.batchnorms.values())
 
+    @torch.no_grad()
+    def release(self) -> bool:
+        """Once `release_share` of the gammas are near 0, pull at those alone from now on.
+
+        The others are what the loss has defended, and recover what the pull has cost them. To be
+        called between epochs; waits for the device.
+
+        Returns:
+            Whether this has happened now.
+        """
+        if self.is_released or self.release_share >= 1:
+            return False
+        are_down = [bn.weight.abs() < NEAR_ZERO for bn in self.batchnorms.values()]
+        if torch.cat(are_down).double().mean() < self.release_share:
+            return False
+        self.weights = [w * is_down for w, is_down in zip(self.weights, are_down, strict=True)]
+        self.is_released = True
+        return True
+
     def describe_largest_gamma(self, epoch: int) -> str:
         """Which layer has the largest |gamma|, or one that is no number."""
         largest = {
@@ -376,13 +403,18 @@ class SparsityPenalty:
         """What a resumed run cannot find out again."""
         rate = self.sparsity_rate
         auto = dataclasses.asdict(rate) if isinstance(rate, AutoRate) else None
-        return {"noise": self.noise.state_dict(), "auto": auto}
+        weights = self.weights if self.is_released else None
+        return {"noise": self.noise.state_dict(), "auto": auto, "released_weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.noise.load_state_dict(state["noise"])
         if state["auto"] is not None:
             self.sparsity_rate = AutoRate(**state["auto"])
+        released = state.get("released_weights")  # versions before had no release
+        if released is not None:
+            self.weights = [new.to(old) for new, old in zip(released, self.weights, strict=True)]
+            self.is_released = True
 
 
 def gamma_importance(model: Model, channel_groups: ChannelGroups) -> dict[str, Tensor]:
@@ -424,7 +456,7 @@ class GammaStatistics:
     """How sparse a network is: plain numbers about |gamma| of what may be pruned."""
 
     percentiles: tuple[float, ...]  # 0, 1, ... 100 %, over all channels
-    share_below_1e2: float  # share of channels with |gamma| < 1e-2
+    share_below_1e2: float  # share of channels with |gamma| < NEAR_ZERO
     share_below_1e3: float
     suggested_percent: float  # largest --percent that leaves every layer a channel
     layers: dict[str, tuple[float, ...]]  # 0, 5, ... 100 % by name of the channel group
@@ -454,7 +486,7 @@ def summarize_importance(importance: dict[str, Tensor]) -> GammaStatistics:
     values = np.concatenate(list(layers.values()))
     return GammaStatistics(
         percentiles=_quantiles(values, 101),
-        share_below_1e2=float((values < 1e-2).mean()),
+        share_below_1e2=float((values < NEAR_ZERO).mean()),
         share_below_1e3=float((values < 1e-3).mean()),
         suggested_percent=suggested,
         layers={name: _quantiles(part, 21) for name, part in layers.items()},
