@@ -1,13 +1,29 @@
-"""What README and docs tell people to type is understood, and leads to files that are there."""
+"""What README and docs tell people to type is understood, works, and leads to files that are there.
+
+The commands run in the order of the pages, in a copy of the project beside tiny data and with tiny
+weights under the names that the pages use: each finds what those before it wrote.
+"""
 
 import importlib
 import itertools
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
+import numpy as np
 import pytest
+import torch
+
+from models import Model, ModelSpec
+from utils.checkpoint import build_checkpoint, save_checkpoint
+from utils.config import load_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,6 +39,17 @@ COMMAND_WORDS = (
     "python", "python3", "py", "pip", "git", "cd", "make", ".", r".venv\Scripts\activate",
 )  # fmt: skip
 
+# What makes a command cheap: flags and what follows them instead, or in addition.
+CHEAP = {
+    "train.py": {"--epochs": "1", "--img": "64", "--device": "cpu"},
+    "prune.py": {"--img": "64", "--device": "cpu", "--latency-batch": "1"},
+    "val.py": {"--img": "64", "--device": "cpu"},
+    "detect.py": {"--img": "64", "--device": "cpu"},
+    "export.py": {"--img": "64"},
+    "benchmarks.formats": {"--img": "64", "--repeats": "1", "--precisions": "float32"},
+    "data.scripts.make_shapes": {"--train": "4", "--val": "2", "--size": "64"},
+}
+ROUND_TO = ("--round-to", "2")  # instead of another number: the layers have eight channels or so
 # What cannot run in a test. Each must be on the pages, or the line has to go.
 NOT_RUN = {
     r"pip install|pip uninstall": "installs packages",
@@ -82,6 +109,22 @@ def full_words(text):
     return words if words[0] in COMMAND_WORDS else ["python", *words]
 
 
+def cheap_words(text):
+    words = full_words(text)
+    kind = words[2] if words[1] == "-m" else words[1]
+    if ROUND_TO[0] in words:
+        words += ROUND_TO
+    for flag, value in CHEAP.get(kind, {}).items():
+        if "--resume" in words and flag != "--device":
+            continue
+        if flag in words:
+            words[words.index(flag) + 1] = value
+        elif "--help" not in words:
+            words += [flag, value]
+    return words
+
+
+# ------------------------------------------------------------------------------------ on paper
 def test_there_are_commands():
     assert len(RUN) >= 25
     for kind in NOT_RUN:
@@ -107,8 +150,19 @@ def test_command_is_understood(command):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_exist(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8")):
+        if target.startswith("https://"):
+            continue
+        name, _, heading = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), target
+        assert not heading or heading in find_headings(path), target
+
+
+def find_headings(page):
+    """As links name them."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -133,3 +187,84 @@ def test_messages_are_those_of_the_scripts():
     assert len(quoted) >= 10
     for part in (part for text in quoted for part in text.split("...")):
         assert " ".join(part.split()) in said, part
+
+
+# ------------------------------------------------------------------------------------ in earnest
+def write_dataset(root, splits):
+    """A few pictures, each of one object that fills it; every split the same."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for number in range(4):
+            image = rng.integers(90, 130, (64, 64, 3), dtype=np.uint8)
+            assert cv2.imwrite(str(root / f"images/{split}/{number}.jpg"), image)
+            (root / f"labels/{split}/{number}.txt").write_text("0 0.5 0.5 1 1\n")
+
+
+def write_clip(path):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 10, (64, 64))
+    for value in range(4):
+        writer.write(np.full((64, 64, 3), 60 * value, np.uint8))
+    writer.release()
+
+
+def write_weights(path):
+    """A network of few channels that sees large objects of class 0 everywhere."""
+    torch.manual_seed(0)
+    small = {"nc": 3, "depth_multiple": 0.1, "width_multiple": 0.02}
+    spec = load_yaml(ROOT / "models/yolov5n.yaml") | small
+    model = Model(ModelSpec.from_dict(spec))
+    bias = model.head.m[-1].bias.data.view(model.head.num_anchors, -1)
+    bias[:, 4] = bias[:, 5] = 5.0
+    save_checkpoint(path, build_checkpoint(model, ("a", "b", "c")))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project as a user has it, the data set beside it, small things inside."""
+    folder = tmp_path_factory.mktemp("documents")
+    project = folder / "yolov5-slim"
+    project.mkdir()
+    for name in ("models", "utils", "data", "benchmarks"):
+        skipped = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(ROOT / name, project / name, ignore=skipped)
+    for name in (f"{script}.py" for script in SCRIPTS):
+        shutil.copy(ROOT / name, project)
+    write_dataset(folder / "datasets/bccd", ("train", "val", "test"))
+    shutil.copy(folder / "datasets/bccd/images/val/1.jpg", project / "street.jpg")
+    write_clip(project / "clip.mp4")
+    empty = {"images": [], "categories": [], "annotations": []}
+    (project / "instances.json").write_text(json.dumps(empty))
+    (project / "weights").mkdir()
+    for name in ("yolov5n.pt", "yolov5s.pt"):
+        write_weights(project / "weights" / name)
+    return project
+
+
+WRONG = "python val.py --weights nowhere.pt --data bccd.yaml"
+
+
+@pytest.fixture(scope="module")
+def results(project):
+    """What came of each command: `{"code", "output"}` by its text."""
+    texts = [*(command.text for command in RUN), WRONG]
+    (project / "commands.json").write_text(json.dumps([cheap_words(text) for text in texts]))
+    runner = [sys.executable, str(ROOT / "tests/run_commands.py"), "commands.json", "results.json"]
+    environment = {**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(runner, cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(texts, json.loads((project / "results.json").read_text()), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", by_place(RUN))
+def test_command_runs(command, results):
+    result = results[command.text]
+    assert result["code"] == 0, f"{command.text}\n{result['output'][-3000:]}"
+
+
+@pytest.mark.slow
+def test_a_command_that_fails_is_noticed(results):
+    assert results[WRONG]["code"] == 1
+    assert "nowhere.pt: no such file" in results[WRONG]["output"]
