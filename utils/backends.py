@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from models.yolo import Model
 from utils.checkpoint import load_detector
 from utils.export_metadata import ExportMetadata
+from utils.torchscript_check import check_torchscript
 
 OPENVINO_SUFFIX = "_openvino_model"
 OPENVINO_INFO = "yolov5_slim"  # our section of the rt_info
@@ -243,6 +244,7 @@ class TorchScriptNetwork(ExportedNetwork):
     def __init__(self, path: Path, device: torch.device) -> None:
         super().__init__(path)
         import_runtime("torchvision", path)  # registers the NMS that a script may call
+        check_torchscript(path)
         extra: dict[str, Any] = {TORCHSCRIPT_EXTRA: ""}
         try:
             with warnings.catch_warnings():
