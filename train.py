@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,7 @@ from tqdm import tqdm
 from models import Model, ModelSpec
 from utils import device as devices
 from utils.anchors import check_anchors, fit_anchors
+from utils.batch_size import CPU_BATCH, candidate_sizes, find_largest_fitting
 from utils.checkpoint import (
     Detector,
     build_checkpoint,
@@ -52,7 +54,7 @@ from utils.checkpoint import (
     save_final,
     transfer_weights,
 )
-from utils.choices import DEFAULT_IMPORTANCE
+from utils.choices import AUTO_BATCH, DEFAULT_IMPORTANCE
 from utils.command import describe_os_error, run_command
 from utils.config import (
     DatasetSpec,
@@ -128,6 +130,8 @@ LOGGER = logging.getLogger("train")
 
 LOSS_NAMES = ("box", "obj", "cls")
 MAX_GRADIENT_NORM = 10.0
+BATCH_MEMORY = 0.9  # of that of a GPU, for a batch size that is found by trying
+REHEARSAL_BOXES = 20  # objects in each image of such a trial
 RECOVERY_FACTOR, LEAST_RECOVERY = 0.5, 0.5**5  # of the learning rate with --on-nan recover
 PROGRESS_BATCHES = 10  # between two looks at what the device has computed
 GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
@@ -159,6 +163,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_split, val_split = scan_splits(inputs.data, options)
     if not resumed:
         choose_anchors(model, inputs, train_split, imgsz, options)
+    if options.batch_size == AUTO_BATCH:
+        options.batch_size = choose_batch_size(
+            options, inputs, model, teacher, imgsz, device, precision
+        )
     run_dir = resumed.run_dir if resumed else open_run_dir(options, inputs.hyp)
     train_loader, val_loader = build_loaders(
         options, inputs.hyp, train_split, val_split, imgsz, model.max_stride
@@ -697,8 +705,10 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     # A run that stopped early and was killed before its last touches has nothing left to train.
     run.first_epoch = run.options.epochs if state["is_last"] else state["epoch"] + 1
     run.is_resumed = True
-    run.batches = state.get("batches", 0)  # versions before saved between epochs alone
-    run.loss_sums = torch.tensor(state.get("loss_sums", ()), device=run.device)
+    # Versions before saved between epochs alone. With another batch size it is as many images.
+    ratio = state.get("batch_size", run.options.batch_size) / run.options.batch_size
+    run.batches = round(state.get("batches", 0) * ratio)
+    run.loss_sums = torch.tensor(state.get("loss_sums", ()), device=run.device) * ratio
     run.best_fitness, run.best_epoch = state["best_fitness"], state["best_epoch"]
     run.class_maps = state["class_maps"].numpy()
     run.schedule = dataclasses.replace(run.schedule, factor=state.get("lr_factor", 1.0))
@@ -720,6 +730,7 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
         "is_last": is_last,
         "batches": run.batches,
         "loss_sums": run.loss_sums.tolist(),
+        "batch_size": run.options.batch_size,
         "lr_factor": run.schedule.factor,
         "best_fitness": run.best_fitness,
         "best_epoch": run.best_epoch,
@@ -729,11 +740,87 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
     }
 
 
+def choose_batch_size(
+    options: argparse.Namespace,
+    inputs: Inputs,
+    model: Model,
+    teacher: Model | None,
+    imgsz: int,
+    device: torch.device,
+    precision: torch.dtype,
+) -> int:
+    """For `--batch-size -1`: what fits on a GPU, at most the images that a step sums up anyway."""
+    if devices.world_size() > 1:
+        raise ValueError("--batch-size -1 finds what fits on one GPU; give a number for several")
+    if device.type != "cuda":
+        size = min(CPU_BATCH, options.nominal_batch)
+        LOGGER.info("--batch-size -1: %d, as this device is not short of memory", size)
+        return size
+    trial_options = argparse.Namespace(**{**vars(options), "batch_size": 1})
+    trial = build_run(
+        trial_options, inputs, copy.deepcopy(model), imgsz, device, precision, 1, Path()
+    )
+    add_teacher(trial, teacher)
+    with devices.limit_memory(device, BATCH_MEMORY):
+        size = find_largest_fitting(
+            candidate_sizes(options.nominal_batch), lambda size: rehearse(trial, size), device
+        )
+    if not size:
+        raise ValueError(f"--batch-size -1: not even one image of {imgsz} px fits; lower --imgsz")
+    LOGGER.info("--batch-size -1: %d, found by trying (at most --nominal-batch)", size)
+    return size
+
+
+def rehearse(run: Run, batch_size: int) -> None:
+    """A training step and a batch of the validation, of the largest size that may come.
+
+    It changes the network. The size is that of one process.
+    """
+    stride = run.model.max_stride
+    largest = run.imgsz * 3 // 2 if run.options.multi_scale else run.imgsz
+    side = math.ceil(largest / stride) * stride
+    targets = torch.full((batch_size * REHEARSAL_BOXES, 6), 0.5)
+    targets[:, 0] = torch.arange(batch_size).repeat_interleave(REHEARSAL_BOXES)
+    targets[:, 1] = 0
+    run.network.train()
+    loss, _ = compute_loss(run, blank_images(run, batch_size, side), targets)
+    run.scaler.scale(loss).backward()
+    optimizer_step(run, 0, clip_gradients(run))
+    with torch.no_grad():  # as `validate` does; its shapes are padded
+        run.ema.model(blank_images(run, 2 * batch_size, run.imgsz + stride))
+
+
+def blank_images(run: Run, number: int, side: int) -> Tensor:
+    """Grey images [B, 3, side, side] on the device."""
+    images = torch.full((number, 3, side, side), 0.5, device=run.device)
+    return images.to(memory_format=torch.channels_last)
+
+
+def advise_batch_size(run: Run, error: torch.OutOfMemoryError) -> str:
+    """What happened, and the batch size that would fit; tries it out on the network, which ends."""
+    traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
+    run.network = run.model  # a trial must not wait for other processes
+    run.optimizer.zero_grad(set_to_none=True)
+    devices.free_memory(run.device)
+    options, count = run.options, devices.world_size()
+    sizes = candidate_sizes(options.batch_size // count)[:-1]
+    with devices.limit_memory(run.device, BATCH_MEMORY):
+        fits = count * find_largest_fitting(sizes, lambda size: rehearse(run, size), run.device)
+    given = f"--batch-size {options.batch_size} at {run.imgsz} px"
+    if not fits:
+        return f"out of memory with {given}; no smaller one fits either, lower --imgsz"
+    again = f"python train.py --resume {run.dir} --batch-size {fits}"
+    has_last = (run.dir / "weights/last.pt").is_file()
+    return f"out of memory with {given}; {again if has_last else f'--batch-size {fits}'} fits"
+
+
 @contextmanager
 def saying_how_to_go_on(run: Run) -> Iterator[None]:
-    """A full disk or a share that has gone ends the run, but costs little of it."""
+    """A full disk or a share that has gone ends the run, but costs little of it; so does memory."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(advise_batch_size(run, error)) from None
     except OSError as error:
         reason, last = describe_os_error(error), run.dir / "weights/last.pt"
         if devices.rank() != 0 or not last.is_file():

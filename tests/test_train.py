@@ -1,5 +1,6 @@
 """train.py end to end on four small images: steps, stages, resuming, refusals."""
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -276,6 +277,54 @@ def test_a_share_that_goes_while_training_says_how_to_go_on(
     run = tmp_path / "runs/exp"
     train.main(["--resume", str(run)])
     assert [row["epoch"] for row in results_of(run)] == ["0", "1"]
+
+
+def test_out_of_memory_names_the_batch_that_fits(base, tmp_path, monkeypatch):
+    """On a made-up device that holds one image, also in the trials."""
+    compute_loss = train.compute_loss
+
+    def compute(run, images, targets):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return compute_loss(run, images, targets)
+
+    monkeypatch.setattr(train, "compute_loss", compute)
+    run = tmp_path / "runs/exp"
+    words = rf"with --batch-size 4 at 64 px; python train.py --resume {run} --batch-size 1 fits"
+    with pytest.raises(MemoryError, match=words):
+        train.main([*base, "--batch", "4", "--epochs", "1"])
+    train.main(["--resume", str(run), "--batch-size", "1"])
+    assert load_checkpoint(run / "weights/last.pt")["options"]["batch_size"] == 1
+
+
+def test_out_of_memory_with_one_image(base, monkeypatch):
+    def compute(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "compute_loss", compute)
+    with pytest.raises(MemoryError, match="--batch-size 2 at 64 px; no smaller one fits either"):
+        train.main([*base, "--epochs", "1"])
+
+
+def test_batch_size_that_fits(base, tmp_path, monkeypatch):
+    train.main([*base, "--batch", "-1", "--epochs", "1"])  # nominal batch 4, on a CPU
+    assert yaml.safe_load((tmp_path / "runs/exp/opt.yaml").read_text())["batch_size"] == 4
+
+    def rehearse(_, size):
+        if size > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name, stand_in in (
+        ("build_run", lambda *_: None),
+        ("add_teacher", lambda *_: None),
+        ("rehearse", rehearse),
+    ):
+        monkeypatch.setattr(train, name, stand_in)
+    monkeypatch.setattr(train.devices, "limit_memory", lambda *_: contextlib.nullcontext())
+    options, _ = train.parse_args(["--batch-size", "-1"])
+    gpu = torch.device("cuda")
+    found = train.choose_batch_size(options, None, None, None, 640, gpu, torch.float32)
+    assert found == 16
 
 
 def test_finished_run_cannot_be_resumed(base, tmp_path):
@@ -995,6 +1044,8 @@ REFUSED = {
     "nothing to fine-tune": (["--ft_pruned_model"], "give --weights"),
     "resume with options": (["--resume", "x.pt"], "cannot be changed"),
     "epochs": (["--epochs", "0"], "--epochs is 0"),
+    "batch": (["--batch-size", "0"], "--batch-size is 0, expected at least 1"),
+    "batch that fits on two": (["--batch", "-1", "--device", "0,1"], "give a number for several"),
     "patience without validation": (["--noval", "--patience", "3"], "needs the validation"),
     "rate of words": (["--bn_sparsity", "--sparsity_rate", "much"], "a number or auto, not 'much'"),
     "mode without penalty": (["--sparsity_mode", "proximal"], "--sparsity_mode acts only with"),

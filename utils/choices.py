@@ -5,6 +5,7 @@ Nothing is imported here, so that a command line is read and answered before tor
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
 NOMINAL_BATCH = 64  # images whose gradients one optimizer step sums up
+AUTO_BATCH = -1  # what fits
 ON_NAN = ("stop", "recover")
 AMP_CHOICES = ("auto", "off", "bf16", "fp16")
 

@@ -24,14 +24,15 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
     What is not caught here is a mistake of ours, and its traceback should be seen.
 
     Args:
-        main: raises OSError, ValueError or FloatingPointError with a message for users.
+        main: raises OSError, ValueError, FloatingPointError or MemoryError, with a message for
+            users.
         when_interrupted: said after Ctrl-C, with exit status 130.
     """
     try:
         main()
     except OSError as error:
         raise SystemExit(f"error: {describe_os_error(error)}") from None
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, MemoryError) as error:
         raise SystemExit(f"error: {error}") from None
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from utils.choices import (
     AMP_CHOICES,
+    AUTO_BATCH,
     AUTO_SHARE,
     DEFAULT_COST_POWER,
     MODES,
@@ -17,6 +18,7 @@ from utils.choices import (
     SCHEDULES,
     SHORTCUT_RULES,
 )
+from utils.device_text import gpu_indices
 from utils.flags.checks import (
     WORKERS_HELP,
     check_device,
@@ -28,7 +30,7 @@ from utils.flags.checks import (
 ROOT = Path(__file__).resolve().parents[2]
 
 LEAST_VALUES = {
-    **dict.fromkeys(("epochs", "batch_size", "nominal_batch"), 1),
+    **dict.fromkeys(("epochs", "nominal_batch"), 1),
     **dict.fromkeys(("workers", "patience", "sparsity_rate", "distill_gain"), 0),
     **dict.fromkeys(("seed", "freeze", "evolve"), 0),
     "imgsz": 32,
@@ -42,7 +44,7 @@ ACTS_ONLY_WITH = {
     "--distill-gain": "--teacher",
 }
 # What a resumed run may be told anew; everything else comes from its checkpoint.
-RESUME_FLAGS = {"resume", "device", "workers", "on_nan"}
+RESUME_FLAGS = {"resume", "device", "workers", "on_nan", "batch_size"}
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -67,7 +69,13 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=300)
-    group.add_argument("--batch-size", type=int, default=16, help="images, over all GPUs")
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=16,
+        help="images, over all GPUs; -1: up to --nominal-batch, what fits into the memory of one "
+        "GPU, and 16 on a CPU",
+    )
     group.add_argument(
         "--nominal-batch",
         type=int,
@@ -228,13 +236,14 @@ def parse_args(
     if options.ft_pruned_model and not options.weights:
         parser.error("--ft_pruned_model needs the pruned checkpoint: give --weights")
     check_validation_and_loading(parser, options, given)
+    check_device(parser, options)
     check_least(parser, options, LEAST_VALUES)
+    check_batch_size(parser, options)
     check_shares(parser, options, ("sparsity_cost", "sparsity_share"))
     if options.sparsity_share is None:
         options.sparsity_share = AUTO_SHARE if options.sparsity_rate == "auto" else 1.0
     if options.label_smoothing is not None and not 0 <= options.label_smoothing < 1:
         parser.error(f"--label-smoothing is {options.label_smoothing}, expected 0 to below 1")
-    check_device(parser, options)
     return options, given
 
 
@@ -250,6 +259,14 @@ def check_validation_and_loading(
         parser.error("--on-nan recover needs the checkpoints that --nosave leaves out")
     if options.image_weights and options.rect:
         parser.error("--image-weights draws images at random, --rect sorts them; give one of them")
+
+
+def check_batch_size(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """A number of images, or what stands for as many as fit."""
+    if options.batch_size != AUTO_BATCH:
+        check_least(parser, options, {"batch_size": 1})
+    elif len(gpu_indices(options.device)) > 1:
+        parser.error("--batch-size -1 finds what fits on one GPU; give a number for several")
 
 
 def _option_name(flag: str) -> str:
