@@ -120,7 +120,7 @@ from utils.pruning.slimming import (
     prunable_batchnorms,
 )
 from utils.pruning.verdict import describe_readiness, measure_readiness
-from utils.resume import Resumed, find_resumed
+from utils.resume import Resumed, find_resumed, summarize_data, warn_of_other_data
 from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
 from utils.stopping import Stopped, StopRequest
 from utils.tensorboard import Board
@@ -173,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     run = build_run(options, inputs, model, imgsz, device, precision, len(train_loader), run_dir)
     run.frozen_norms = frozen_norms
+    run.data = {"training": summarize_data(train_split), "validation": summarize_data(val_split)}
     add_teacher(run, teacher)
     if resumed:
         restore_run(run, resumed.content["training"])
@@ -524,6 +525,7 @@ class Run:
     gammas: list[GammaStatistics] = dataclasses.field(default_factory=list)  # one an epoch
     teacher: Model | None = None
     distillation: DistillationLoss | None = None  # there if the teacher is
+    data: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # to see changes
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
     is_resumed: bool = False
     batches: int = 0  # of the current epoch, that the network has learnt from
@@ -712,6 +714,7 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     run.best_fitness, run.best_epoch = state["best_fitness"], state["best_epoch"]
     run.class_maps = state["class_maps"].numpy()
     run.schedule = dataclasses.replace(run.schedule, factor=state.get("lr_factor", 1.0))
+    warn_of_other_data(state.get("data", {}), run.data)
     if run.penalty is not None and "penalty" in state:  # versions before had none
         run.penalty.load_state_dict(state["penalty"])
     run.gammas = [GammaStatistics(**row) for row in state["gammas"]]
@@ -732,6 +735,7 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
         "loss_sums": run.loss_sums.tolist(),
         "batch_size": run.options.batch_size,
         "lr_factor": run.schedule.factor,
+        "data": run.data,
         "best_fitness": run.best_fitness,
         "best_epoch": run.best_epoch,
         "class_maps": torch.tensor(run.class_maps),

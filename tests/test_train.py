@@ -942,6 +942,32 @@ def test_resume_refuses_other_classes(base, tmp_path, tiny_dataset, monkeypatch)
         train.main(["--resume", str(tmp_path / "runs/exp/weights/last.pt")])
 
 
+def test_resuming_says_what_has_changed(base, tmp_path, tiny_dataset, monkeypatch, caplog):
+    train_until(monkeypatch, 0, [*base, "--epochs", "2"])
+    run = tmp_path / "runs/exp"
+    for file, before, after in (("opt.yaml", "epochs: 2", "epochs: 9"), ("hyp.yaml", "lr0", "#")):
+        text = (run / file).read_text()
+        assert before in text
+        (run / file).write_text(text.replace(before, after))
+    (tiny_dataset.images / "d.jpg").unlink()
+    train.main(["--resume", str(run), "--batch-size", "4"])
+    said = [line for line in caplog.messages if "warning" in line]
+    assert [line for line in said if "opt.yaml: epochs is 9, but the run has 2" in line]
+    assert [
+        line for line in said if "training data have changed" in line and "4 images then, 3" in line
+    ]
+    assert not [
+        line for line in said if "hyp.yaml" in line
+    ]  # what is not there contradicts nothing
+    assert len(results_of(run)) == 2
+
+
+def test_resuming_an_unchanged_run_warns_of_nothing(base, tmp_path, monkeypatch, caplog):
+    train_until(monkeypatch, 0, [*base, "--epochs", "2", "--freeze", "1", "2"])
+    train.main(["--resume", str(tmp_path / "runs/exp"), "--workers", "0"])
+    assert "warning" not in caplog.text
+
+
 def test_bad_gradient_stops_before_the_step(base, monkeypatch):
     """The loss can be finite where a gradient is not."""
     kept = {}

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.checkpoint import load_checkpoint
-from utils.flags.train import build_parser
+from utils.config import load_yaml
+from utils.flags.checks import flag_of
+from utils.flags.train import RESUME_FLAGS, build_parser
+from utils.run_dir import to_plain
+from utils.scan import Split
 
 LOGGER = logging.getLogger(__name__)
 
@@ -55,8 +61,12 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
     # A run of an older version does not know the newer flags, and goes on as it began.
     defaults = vars(build_parser().parse_args([])) | {"sparsity_cost": 0.0, "sparsity_share": 1.0}
     merged = argparse.Namespace(**{**defaults, **content["options"]})
-    for name in given - {"resume"}:
-        setattr(merged, name, getattr(options, name))
+    for name in sorted(given - {"resume"}):
+        before, now = getattr(merged, name), getattr(options, name)
+        if before != now:
+            LOGGER.info("%s: %s now, %s when the run was saved", flag_of(name), now, before)
+        setattr(merged, name, now)
+    warn_of_edits(run_dir, content)
     for folder in (run_dir, path.parent):
         for left_over in folder.glob(".*.tmp"):  # of a killed writer
             left_over.unlink(missing_ok=True)
@@ -64,6 +74,58 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
     batches = f", after {state['batches']} of its batches" if state.get("batches") else ""
     LOGGER.info("resuming %s in epoch %d%s", run_dir, state["epoch"] + 1, batches)
     return Resumed(content, run_dir, merged)
+
+
+def warn_of_edits(run_dir: Path, content: Mapping[str, Any]) -> None:
+    """The yaml files of a run are for people: what is changed in them has no effect."""
+    for file, held in (("opt.yaml", content["options"]), ("hyp.yaml", content["hyp"])):
+        path = run_dir / file
+        written = load_yaml(path) if path.is_file() else {}
+        for name in sorted((written.keys() & held.keys()) - RESUME_FLAGS):
+            if to_plain(held[name]) != written[name]:
+                LOGGER.warning(
+                    "warning: %s: %s is %s, but the run has %s and goes on with it; to change it, "
+                    "start a new run with --weights",
+                    path, name, written[name], held[name],
+                )  # fmt: skip
+
+
+def summarize_data(split: Split) -> dict[str, int]:
+    """What tells whether the images and labels of a split are those of an earlier day.
+
+    Only names count, not folders: a data set may be moved.
+    """
+    names = "\n".join(Path(path).name for path in split.paths)
+    return {
+        "images": len(split.paths),
+        "boxes": len(split.labels.flat),
+        "names": zlib.crc32(names.encode()),
+        "labels": zlib.crc32(split.labels.flat.tobytes()),
+    }
+
+
+def describe_change(before: Mapping[str, int], now: Mapping[str, int]) -> str | None:
+    """How two summaries of `summarize_data` differ; None if they do not."""
+    for word in ("images", "boxes"):
+        if before[word] != now[word]:
+            return f"{before[word]} {word} then, {now[word]} now"
+    if before["names"] != now["names"]:
+        return f"{now['images']} images as then, but other file names"
+    return "other labels" if before["labels"] != now["labels"] else None
+
+
+def warn_of_other_data(
+    before: Mapping[str, Mapping[str, int]], now: Mapping[str, Mapping[str, int]]
+) -> None:
+    """Say which splits are no longer what they were when the run was saved."""
+    for split, summary in before.items():
+        change = describe_change(summary, now[split])
+        if change is not None:
+            LOGGER.warning(
+                "warning: the %s data have changed since the run was saved (%s); the run goes on, "
+                "but not as it would have",
+                split, change,
+            )  # fmt: skip
 
 
 def find_checkpoint(path: Path, root: Path) -> Path:

@@ -75,18 +75,18 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 def save_options(path: str | Path, options: Mapping[str, Any]) -> None:
     """Save a mapping as readable yaml: insertion order, paths as text, tuples as lists."""
-    text = yaml.safe_dump(_to_plain(options), sort_keys=False, allow_unicode=True, width=100)
+    text = yaml.safe_dump(to_plain(options), sort_keys=False, allow_unicode=True, width=100)
     write_text_atomic(path, text)
 
 
-def _to_plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Numbers, text, lists and dicts only; whatever else there is becomes text."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _to_plain(item) for key, item in value.items()}
+        return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_to_plain(item) for item in value]
+        return [to_plain(item) for item in value]
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)  # also what is derived from it, as numpy.float64 is

@@ -1,0 +1,52 @@
+"""What has changed since an interrupted run was saved."""
+
+import pytest
+
+from utils.resume import describe_change, summarize_data
+from utils.scan import scan_split
+
+
+def summary(dataset):
+    return summarize_data(scan_split([dataset.images], dataset.names))
+
+
+def remove_image(dataset):
+    (dataset.images / "d.jpg").unlink()
+
+
+def remove_box(dataset):
+    path = dataset.labels / "a.txt"
+    path.write_text(path.read_text().splitlines()[0])
+
+
+def rename_image(dataset):
+    (dataset.images / "d.jpg").rename(dataset.images / "e.jpg")
+
+
+def move_box(dataset):
+    path = dataset.labels / "b.txt"
+    path.write_text("2 0.5 0.5 0.2 0.2")
+
+
+CHANGES = {
+    "nothing": (lambda _: None, None),
+    "image": (remove_image, "4 images then, 3 now"),
+    "box": (remove_box, "6 boxes then, 5 now"),
+    "name": (rename_image, "4 images as then, but other file names"),
+    "label": (move_box, "other labels"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_changes_are_said(tiny_dataset, case):
+    change, words = CHANGES[case]
+    before = summary(tiny_dataset)
+    change(tiny_dataset)
+    assert describe_change(before, summary(tiny_dataset)) == words
+
+
+def test_a_data_set_may_move(tiny_dataset):
+    before = summary(tiny_dataset)
+    moved = tiny_dataset.root.rename(tiny_dataset.root.with_name("elsewhere"))
+    dataset = tiny_dataset._replace(images=moved / "images/train", labels=moved / "labels/train")
+    assert describe_change(before, summary(dataset)) is None
