@@ -1148,7 +1148,8 @@ def give_verdict(
     """Say how much can go by now; no advice is worth a run."""
     train_loader.set_epoch(epoch)
     try:
-        LOGGER.info("%s", judge_network(run, penalty, train_loader, val_loader, epoch))
+        with torch.random.fork_rng([]):  # a run that is killed here is resumed without it
+            LOGGER.info("%s", judge_network(run, penalty, train_loader, val_loader, epoch))
     except (RuntimeError, ValueError) as error:
         LOGGER.warning("warning: no verdict on the sparse network: %s", error)
 

@@ -402,6 +402,14 @@ def test_a_sparse_run_says_how_much_can_go(base, caplog, monkeypatch):
     assert min(scored) < 0.5 * max(scored)
 
 
+def test_the_verdict_leaves_no_trace_in_the_random_state(monkeypatch):
+    """A run that is killed after saving an epoch, before its verdict, is resumed without it."""
+    monkeypatch.setattr(train, "judge_network", lambda *_: str(torch.rand(3)))
+    before = torch.get_rng_state()
+    train.give_verdict(None, None, SimpleNamespace(set_epoch=lambda _: None), None, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_when_the_verdict_is_due():
     options = train.parse_args(["--epochs", "10", "--bn_sparsity"])[0]
     assert [e for e in range(10) if train.is_verdict_due(options, e, e == 9)] == [2, 4, 7, 9]
