@@ -5,9 +5,10 @@
     python export.py --weights best.pt --include onnx --img 320 --nms --conf-thres 0.25
     python export.py --weights best.pt --data data/bccd.yaml --include openvino --img 320 --int8
 
-The files are written beside the weights (x.onnx, x.torchscript, x_openvino_model/, x.engine), each
-after it was loaded by its own runtime and compared with torch: on images of --data, with mAP, or
-on synthetic pictures. The packages are those of requirements-export.txt.
+The files are written beside the weights (x.onnx, x.torchscript, x_openvino_model/, x.engine; with
+--half, --int8, --nms x_half.onnx, x_int8_nms.onnx ...), each after it was loaded by its own runtime
+and compared with torch: on images of --data, with mAP, or on synthetic pictures. The packages are
+those of requirements-export.txt.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ if __name__ == "__main__":
     parse_args(description=__doc__)  # help and mistakes are answered before torch is loaded
 
 import argparse
+import itertools
 import logging
+import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = select_device(options.device)
     check_packages(options, device)
     weights = find_weights(options.weights, ROOT)
+    check_folder(weights.parent)
     network = load_checkpoint(weights, device)
     metadata = describe_export(network, options)
     data = load_data(network, options)
@@ -88,17 +93,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         calibration,
     )  # fmt: skip
     trial = prepare_trial(network, data, metadata, exporter.nms, device, options)
+    stem = name_export(weights.stem, metadata.precision, metadata.has_nms)
 
     for export_format in options.include:
         start = time.perf_counter()
         with staging_folder(weights.parent) as folder:
-            written = exporter.write(export_format, folder, weights.stem)
+            written = exporter.write(export_format, folder, stem)
             check_export(written, trial)
             target = weights.parent / written.name
+            replaces = ", replaces the one before" if target.exists() else ""
             move_into_place(written, target)
         LOGGER.info(
-            "%s: %s, %.1f MB, %.1f s",
-            export_format, target, size_mb(target), time.perf_counter() - start,
+            "%s: %s, %.1f MB, %.1f s%s",
+            export_format, target, size_mb(target), time.perf_counter() - start, replaces,
         )  # fmt: skip
 
 
@@ -117,6 +124,18 @@ def check_packages(options: argparse.Namespace, device: torch.device) -> None:
                 "--include engine needs an NVIDIA GPU: TensorRT builds for the GPU that it runs "
                 "on; give --device 0"
             )
+
+
+def check_folder(folder: Path) -> None:
+    """See that files can be written there: now, not after the comparison."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        raise OSError(
+            f"cannot write to {folder}: {error.strerror or error}; exports lie beside the weights, "
+            "so copy the .pt to a folder of yours"
+        ) from None
 
 
 def load_checkpoint(weights: Path, device: torch.device) -> PytorchNetwork:
@@ -140,6 +159,12 @@ def describe_export(network: PytorchNetwork, options: argparse.Namespace) -> Exp
         precision="int8" if options.int8 else "float16" if options.half else "float32",
         has_nms=options.nms,
     )
+
+
+def name_export(stem: str, precision: str, has_nms: bool = False) -> str:
+    """How the names of the files begin: what computes or answers otherwise has its own."""
+    kind = {"float32": "", "float16": "_half", "int8": "_int8"}[precision]
+    return f"{stem}{kind}{'_nms' if has_nms else ''}"
 
 
 def describe_settings(metadata: ExportMetadata, options: argparse.Namespace) -> str:
@@ -177,11 +202,11 @@ def load_calibration(
     wanted = min(options.calib_images, len(dataset))
     indices = np.linspace(0, len(dataset) - 1, wanted).astype(int).tolist()
     LOGGER.info("calibrating with %d of %d training images", wanted, len(dataset))
-    size = metadata.batch_size
-    indices += indices[: -len(indices) % size] or indices[-1:] * (-len(indices) % size)
     images = [dataset[index].image.float().div(255) for index in indices]
+    size = metadata.batch_size
+    images += itertools.islice(itertools.cycle(images), -wanted % size)  # to fill the last batch
     batches = [torch.stack(images[at : at + size]) for at in range(0, len(images), size)]
-    return [batch.contiguous() for batch in batches if len(batch) == size]
+    return [batch.contiguous() for batch in batches]
 
 
 # ---------------------------------------------------------------------------------------- comparing
@@ -313,4 +338,6 @@ def size_mb(path: Path) -> float:
 
 
 if __name__ == "__main__":
+    # What `timeout` and `docker stop` send ends a run as Ctrl-C does: nothing is left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

@@ -21,6 +21,7 @@ import torch
 import export
 from benchmarks import harness
 from benchmarks.training import silence
+from utils import exports
 from utils.backends import Network, PytorchNetwork, load_network
 from utils.command import run_command
 from utils.config import DatasetSpec
@@ -86,18 +87,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_files(weights: Path, folder: Path, imgsz: int, options) -> list[tuple[Path, str]]:
-    """The checkpoint itself and its exports, one folder a precision."""
+    """The checkpoint itself and its exports."""
     files = [(weights, "float32")]
+    folder.mkdir()
+    copy = folder / "network.pt"
+    shutil.copyfile(weights, copy)
     for precision in options.precisions:
-        copy = folder / precision / "network.pt"
-        copy.parent.mkdir(parents=True)
-        shutil.copyfile(weights, copy)
         flags = ["--weights", str(copy), "--data", options.data, "--img", str(imgsz)]
         flags += ["--device", options.device or "cpu", *PRECISION_FLAGS[precision]]
         with silence():
             export.main([*flags, "--include", *options.formats])
-        names = {"onnx": "network.onnx", "openvino": "network_openvino_model"}
-        files += [(copy.with_name(names[name]), precision) for name in options.formats]
+        suffixes = [exports.SUFFIXES[name] for name in options.formats]
+        stem = export.name_export("network", precision)
+        files += [(folder / f"{stem}{suffix}", precision) for suffix in suffixes]
     return files
 
 

@@ -19,6 +19,7 @@ from models import Model, ModelSpec
 from utils import backends, exports
 from utils.backends import load_network
 from utils.checkpoint import build_checkpoint, load_detector, save_checkpoint
+from utils.config import load_dataset_spec
 from utils.export_check import (
     Difference,
     check_difference,
@@ -26,6 +27,7 @@ from utils.export_check import (
     compare_predictions,
     synthetic_pictures,
 )
+from utils.export_metadata import ExportMetadata
 from utils.flags.export import parse_args
 from utils.nms import non_max_suppression
 from utils.pruning.channel_groups import find_channel_groups
@@ -163,8 +165,27 @@ def test_export_again_replaces_what_is_there(weights):
     assert load_network(weights.parent / "tiny_openvino_model", CPU).imgsz_hw == (96, 96)
 
 
-@pytest.mark.parametrize("flag", [[], ["--half"], ["--nms", "--conf-thres", "0.01"], ["--dynamic"]])
-def test_export_with_data_says_both_map(weights, tiny_dataset, caplog, flag):
+def test_what_answers_otherwise_has_a_name_of_its_own(weights, caplog):
+    caplog.set_level("INFO")
+    command = ["--weights", str(weights), "--img", "64", "--include", "torchscript"]
+    for flags in ([], ["--half", "--nms"]):
+        export.main([*command, *flags])
+        assert "replaces" not in caplog.text
+    assert files_beside(weights) == ["tiny.torchscript", "tiny_half_nms.torchscript"]
+    export.main(command)
+    assert caplog.messages[-1].endswith(" s, replaces the one before")
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ([], "tiny.onnx"),
+        (["--half"], "tiny_half.onnx"),
+        (["--nms", "--conf-thres", "0.01"], "tiny_nms.onnx"),
+        (["--dynamic"], "tiny.onnx"),
+    ],
+)
+def test_export_with_data_says_both_map(weights, tiny_dataset, caplog, flag, name):
     pytest.importorskip("onnxruntime")
     caplog.set_level("INFO")
     data = ["--data", str(tiny_dataset.yaml)]
@@ -173,7 +194,7 @@ def test_export_with_data_says_both_map(weights, tiny_dataset, caplog, flag):
     assert "; torch 0." in caplog.text
     assert "onnx at 96 x 128: boxes differ by" in caplog.text
     assert ("onnx at 112 x 112: boxes" in caplog.text) == ("--dynamic" in flag)
-    assert files_beside(weights) == ["tiny.onnx"]
+    assert files_beside(weights) == [name]
 
 
 @pytest.mark.parametrize("export_format", ["onnx", "openvino"])
@@ -196,6 +217,27 @@ def test_int8(weights, tiny_dataset, export_format, caplog):
         assert len(in_float) == 2, "those of the head"
 
 
+def test_int8_with_nms_where_nothing_is_found(weights, tiny_dataset):
+    """Calibration looks at NMS too, and once stopped at the empty tensors of such images."""
+    pytest.importorskip("onnxruntime")
+    command = ["--weights", str(weights), "--img", "96", "--data", str(tiny_dataset.yaml)]
+    export.main([*command, "--int8", "--nms", "--conf-thres", "1"])
+    network = load_network(weights.parent / "tiny_int8_nms.onnx", CPU)
+    found = network(synthetic_pictures((96, 96), 1))[0]
+    assert found.shape == (1, 300, 6)
+    assert not found.any()
+
+
+@pytest.mark.parametrize(("calib_images", "batch_size"), [(1, 1), (3, 8), (4, 3), (9, 2)])
+def test_calibration_fills_its_batches(tiny_dataset, calib_images, batch_size):
+    data = load_dataset_spec(tiny_dataset.yaml, export.ROOT)
+    metadata = ExportMetadata(NAMES, 16, (64, 96), batch_size, False, (), "int8", False)
+    options = SimpleNamespace(calib_images=calib_images)
+    batches = export.load_calibration(data, metadata, options)
+    assert {tuple(batch.shape) for batch in batches} == {(batch_size, 3, 64, 96)}
+    assert len(batches) == -(-min(calib_images, 4) // batch_size)
+
+
 def test_simplify(weights):
     pytest.importorskip("onnxslim")
     export.main(["--weights", str(weights), "--img", "64", "--simplify"])
@@ -203,6 +245,16 @@ def test_simplify(weights):
 
 
 # ------------------------------------------------------------------------------------- failures
+def test_a_folder_that_cannot_be_written_is_said_at_once(weights, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(export.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(export, "load_checkpoint", None)
+    with pytest.raises(OSError, match=r"^cannot write to .*: Permission denied; .* copy the \.pt"):
+        export.main(["--weights", str(weights), "--include", "torchscript"])
+
+
 @pytest.mark.parametrize(
     ("flags", "package"),
     [
@@ -415,7 +467,8 @@ def test_val_of_a_file_with_nms_inside(weights, tiny_dataset, tmp_path, caplog):
     caplog.set_level("INFO")
     nms = ["--nms", "--conf-thres", "0.001", "--iou-thres", "0.6"]
     export.main(["--weights", str(weights), "--img", "96", "--include", "torchscript", *nms])
-    result = validate(weights.with_suffix(".torchscript"), tiny_dataset, tmp_path / "runs")
+    script = weights.with_name("tiny_nms.torchscript")
+    result = validate(script, tiny_dataset, tmp_path / "runs")
     assert result["images"] == 4
     assert "NMS inside" in caplog.text
 

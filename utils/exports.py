@@ -91,12 +91,16 @@ class ExportGraph(nn.Module):
         As `non_max_suppression` does with one label a box.
         """
         conf, cls = (predictions[:, 5:] * predictions[:, 4:5]).max(1)
-        likely = (conf > settings.conf_thres).nonzero()[:, 0]
-        boxes_xyxy = xyxy_from_cxcywh(predictions[likely, :4])
-        conf, cls = conf[likely], cls[likely].to(predictions.dtype)
+        rows = torch.cat((predictions[:, :4], conf[:, None], cls[:, None].to(conf.dtype)), 1)
+        # A row of padding comes first and is always taken, so that in an image without a box there
+        # is something to take a maximum of: here, and where the ranges for 8 bits are looked for.
+        rows = torch.cat((rows.new_zeros(1, 6), rows))
+        likely = (rows[:, 4] > settings.conf_thres).nonzero()[:, 0]
+        rows = rows[torch.cat((likely.new_zeros(1), likely))]
+        boxes_xyxy, conf, cls = xyxy_from_cxcywh(rows[:, :4]), rows[:, 4], rows[:, 5]
         # Classes are laid side by side, twice the largest coordinate apart, so that boxes of two
-        # classes never meet. The zero is for images without a box.
-        reach = torch.cat((boxes_xyxy.abs().flatten(), boxes_xyxy.new_zeros(1))).max() * 2 + 1
+        # classes never meet.
+        reach = boxes_xyxy.abs().max() * 2 + 1
         keep_idx = self.suppress(boxes_xyxy + (cls * reach)[:, None], conf, settings.iou_thres)
         rows = torch.cat((boxes_xyxy, conf[:, None], cls[:, None]), 1)[keep_idx[: settings.max_det]]
         return torch.cat((rows, rows.new_zeros(settings.max_det, 6)))[: settings.max_det]
