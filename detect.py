@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import argparse
 import logging
 import math
+import signal
 import sys
 import time
 from collections import Counter
@@ -265,4 +266,6 @@ def print_summary(
 
 
 if __name__ == "__main__":
+    # What `timeout` and `docker stop` send ends a run as Ctrl-C does: with a video that plays.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)
