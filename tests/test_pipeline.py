@@ -35,7 +35,7 @@ class WhiteFinder(Network):
             y, x = (image[0] > 0.9).nonzero(as_tuple=True)
             x1, y1, x2, y2 = (float(v) for v in (x.min(), y.min(), x.max() + 1, y.max() + 1))
             if self.has_nms:
-                box = [[x1, y1, x2, y2, 0.6, 1], [x1, y1, x2, y2, 0.9, 2], [0, 0, 0, 0, 0, 0]]
+                box = [[x1, y1, x2, y2, 0.9, 2], [x1, y1, x2, y2, 0.6, 1], [0, 0, 0, 0, 0, 0]]
             else:
                 box = [[(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, 0.9, 0.1, 0.8, 0.3]]
             rows.append(torch.tensor(box))

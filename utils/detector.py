@@ -2,10 +2,12 @@
 
     from models import load_model
 
-model = load_model("yolov5n.pt")
-found = model("street.jpg")
-print(found.boxes, found.scores, found.names)
-for row in found.table: ...
+    model = load_model("yolov5n.pt")
+    found = model("street.jpg")
+    print(found.boxes, found.scores, found.names)
+    for row in found.table: ...
+
+What is found is what `detect.py` finds.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from utils.augment import letterbox, resize_long_side
 from utils.backends import Network
 from utils.boxes import Letterbox, to_original
 from utils.dataset import RECT_PAD, rect_shape_hw, round_imgsz
-from utils.nms import non_max_suppression
+from utils.nms import non_max_suppression, split_detections
 from utils.profile import Stopwatch
 
 DEFAULT_IMGSZ = 640
@@ -115,7 +115,8 @@ class Pipeline:
         outputs = [self.network(x)[0] for x in inputs]
         self.watch.lap(1)
         if self.network.has_nms:
-            detections = [_select(rows, settings) for rows in outputs[0]]
+            found = split_detections(outputs[0], settings.conf_thres)
+            detections = [_select(rows, settings) for rows in found]
         else:
             _check_num_classes(outputs[0].shape[2] - 5, self.network.names)
             detections = non_max_suppression(
@@ -243,10 +244,8 @@ def _check_num_classes(num_classes: int, names: Sequence[str]) -> None:
 
 
 def _select(rows: Tensor, settings: DetectionSettings) -> Tensor:
-    """What is wanted of detections [M, 6] that NMS inside the network has left."""
-    wanted = rows[:, 4] > settings.conf_thres
+    """What is wanted of detections [M, 6] that NMS inside the network has left, best first."""
     if settings.classes is not None:
         classes = torch.as_tensor(settings.classes, device=rows.device, dtype=rows.dtype)
-        wanted &= torch.isin(rows[:, 5], classes)
-    rows = rows[wanted]
-    return rows[rows[:, 4].argsort(descending=True)][: settings.max_det]
+        rows = rows[torch.isin(rows[:, 5], classes)]
+    return rows[: settings.max_det]
