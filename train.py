@@ -225,8 +225,8 @@ def search_hyperparameters(
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; {again}") from None
     LOGGER.info(
-        "the best of %d generations is number %d, fitness %.4f: %s; %s, with more generations",
-        options.evolve, best.number + 1, best.score.fitness, folder / "hyp_evolved.yaml", again,
+        "the best generation is number %d, fitness %.4f: %s; %s, with more generations in all",
+        best.number + 1, best.score.fitness, folder / "hyp_evolved.yaml", again,
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def test_search_climbs(tmp_path):
     assert load_hyperparameters(tmp_path / "hyp_evolved.yaml") == best.hyp
 
 
-def test_interrupted_search_goes_on_as_it_would_have(tmp_path):
+def test_interrupted_search_goes_on_as_it_would_have(tmp_path, caplog):
     whole, part = tmp_path / "whole", tmp_path / "part"
     for folder in (whole, part):
         folder.mkdir()
@@ -56,7 +56,9 @@ def test_interrupted_search_goes_on_as_it_would_have(tmp_path):
     assert len(read_history(part / "evolve.csv")) == 5
     evolve(part, dataclasses.replace(LOW, lr0=9.0), 12, hill, seed=3)  # a seed acts at the start
     assert (part / "evolve.csv").read_text() == (whole / "evolve.csv").read_text()
-    evolve(part, LOW, 3, hill)  # nothing left to do
+    assert "nothing is left" not in caplog.text
+    evolve(part, LOW, 3, hill)
+    assert "3 in all are asked for: nothing is left to do" in caplog.text
     assert (part / "evolve.csv").read_text() == (whole / "evolve.csv").read_text()
 
 

@@ -127,6 +127,8 @@ def evolve(
     history = read_history(path) if path.exists() else []
     if history:
         LOGGER.info("%s: goes on after %d generations", path, len(history))
+    if len(history) >= num_generations:
+        LOGGER.warning("warning: %d in all are asked for: nothing is left to do", num_generations)
     for number in range(len(history), num_generations):
         rng = np.random.default_rng((seed, number))
         hyp = mutate(history, rng) if history else seed_hyp
