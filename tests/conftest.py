@@ -8,6 +8,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import pytest
+
+# On a busy machine threads that spin while they wait take the cores from those they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
