@@ -269,6 +269,34 @@ def test_half_a_file(export_format, model, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("place", ["../secret.bin", "{tmp}/secret.bin", "beside.bin", "link.bin"])
+def test_onnx_files_cannot_have_other_files_read(tmp_path, place):
+    onnx = pytest.importorskip("onnx")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("secret.bin", "in/beside.bin"):
+        (tmp_path / name).write_bytes(bytes(48))
+    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    weights = onnx.TensorProto(name="w", data_type=1, dims=[1, 2, 6], data_location=1)
+    for key, value in {"location": place.format(tmp=tmp_path), "length": "48"}.items():
+        weights.external_data.add(key=key, value=value)
+    nodes = [
+        onnx.helper.make_node("ReduceMean", ["images"], ["m"], keepdims=0),
+        onnx.helper.make_node("Add", ["w", "m"], ["output0"]),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, 1, size) for name, size in
+            {"images": [1, 3, 64, 64], "output0": [1, 2, 6]}.items()]  # fmt: skip
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [weights])
+    opset = onnx.helper.make_opsetid("", 17)
+    content = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    (folder / "x.onnx").write_bytes(content.SerializeToString())
+    with pytest.raises(
+        ValueError, match=r"x.onnx: not a readable.*weights in other files"
+    ) as caught:
+        load_network(folder / "x.onnx", torch.device("cpu"))
+    assert "secret" not in str(caught.value)
+
+
 def test_foreign_files(model, tmp_path):
     onnx = pytest.importorskip("onnx")
     path = export(model, "onnx", tmp_path)

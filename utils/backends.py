@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import struct
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -186,7 +187,8 @@ class OnnxNetwork(ExportedNetwork):
         if device.type == "cuda" and "CUDAExecutionProvider" in runtime.get_available_providers():
             providers.insert(0, "CUDAExecutionProvider")
         try:
-            self.session = runtime.InferenceSession(str(path), options, providers=providers)
+            content = _self_contained(path)
+            self.session = runtime.InferenceSession(content, options, providers=providers)
         except Exception as error:  # noqa: BLE001 (its error classes are private)
             raise _unreadable(path, "ONNX file", error) from None
         self.accept(self.session.get_modelmeta().custom_metadata_map)
@@ -326,6 +328,18 @@ def _openvino_metadata(model: Any) -> dict[str, str]:
     if OPENVINO_INFO not in info:
         return {}
     return {key: str(value.astype(str)) for key, value in info[OPENVINO_INFO].items()}
+
+
+def _self_contained(path: Path) -> bytes:
+    """An ONNX file, if all its weights are in it: it may name any other file to read them from."""
+    content = path.read_bytes()
+    if _ONNX_LOCATION.search(content):
+        raise RuntimeError("keeps weights in other files, as export.py never does")
+    return content
+
+
+# How protobuf spells the key `location` of an entry, in all ways that its numbers may be written.
+_ONNX_LOCATION = re.compile(rb"(?:\x0a|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location")
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> ValueError:
