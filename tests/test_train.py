@@ -116,6 +116,22 @@ def train_until(monkeypatch, epoch, flags):
             train.main(flags)
 
 
+def test_a_run_to_resume_cannot_allow_its_own_commands(base, tiny_dataset, tmp_path, monkeypatch):
+    """A stranger's run folder would be enough to run what its data set yaml says."""
+    train_until(monkeypatch, 0, [*base, "--epochs", "2", "--allow-download-scripts"])
+    last = tmp_path / "runs/exp/weights/last.pt"
+    proof = tmp_path / "proof"
+    spec = yaml.safe_load(tiny_dataset.yaml.read_text())
+    spec |= {"path": str(tmp_path / "absent"), "download": f"touch {proof}"}
+    tiny_dataset.yaml.write_text(yaml.safe_dump(spec))
+    with pytest.raises((OSError, ValueError), match="--allow-download-scripts"):
+        train.main(["--resume", str(last)])
+    assert not proof.exists()
+    with pytest.raises((OSError, ValueError)):  # it brings no images
+        train.main(["--resume", str(last), "--allow-download-scripts"])
+    assert proof.exists()
+
+
 RESUME_CASES = {
     "dense SGD": [],
     "dense AdamW, image weights": ["--optimizer", "AdamW", "--image-weights", "--cos-lr"],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.checkpoint import load_checkpoint
-from utils.config import load_yaml
+from utils.config import expand_home, load_yaml
 from utils.flags.checks import flag_of
 from utils.flags.train import RESUME_FLAGS, build_parser
 from utils.run_dir import to_plain
@@ -44,7 +44,7 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
     if options.resume is True:
         path = newest_unfinished(root / "runs/train")
     else:
-        path = find_checkpoint(Path(options.resume).expanduser(), root)
+        path = find_checkpoint(expand_home(options.resume), root)
     content = load_checkpoint(path)
     if "training" not in content:
         raise ValueError(
@@ -61,6 +61,9 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
     # A run of an older version does not know the newer flags, and goes on as it began.
     defaults = vars(build_parser().parse_args([])) | {"sparsity_cost": 0.0, "sparsity_share": 1.0}
     merged = argparse.Namespace(**{**defaults, **content["options"]})
+    merged.allow_download_scripts = (
+        False  # the file may be a stranger's; only who types it allows it
+    )
     for name in sorted(given - {"resume"}):
         before, now = getattr(merged, name), getattr(options, name)
         if before != now:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from utils.atomic import atomic_write
+from utils.config import expand_home
 
 
 def new_run_dir(project: str | Path, name: str = "exp", exist_ok: bool = False) -> Path:
@@ -34,7 +35,7 @@ def new_run_dir(project: str | Path, name: str = "exp", exist_ok: bool = False) 
     """
     if not name.strip():
         raise ValueError("a run needs a name; --name is empty")
-    first = Path(project).expanduser() / name
+    first = expand_home(project) / name
     try:
         run_dir = _make_run_dir(first, exist_ok)
         with tempfile.TemporaryFile(dir=run_dir):  # now, not after hours of work

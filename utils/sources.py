@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import cv2
 import numpy as np
 
+from utils.config import expand_home
 from utils.image_address import is_image_address, read_image_address
 from utils.image_files import IMAGE_SUFFIXES, is_image_name, read_image, silent_decoder
 
@@ -90,7 +91,7 @@ def find_sources(text: str) -> Sources:
         FileNotFoundError: there is no such file, or nothing fits the pattern.
         ValueError: there is neither an image nor a video in it.
     """
-    path = Path(text).expanduser()
+    path = expand_home(text)
     if text.isdecimal() and not path.exists():
         return Sources(address=int(text))
     if "://" in text:
@@ -148,7 +149,7 @@ def _read_list(source: Path) -> tuple[Path, ...]:
         entry = line.strip()
         if not entry:
             continue
-        path = source.parent / Path(entry).expanduser()
+        path = source.parent / expand_home(entry)
         if not is_media(path):
             raise ValueError(
                 f"{source}:{number}: {entry!r} has no suffix of an image or video; a stream or a "

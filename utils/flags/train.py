@@ -44,7 +44,7 @@ ACTS_ONLY_WITH = {
     "--distill-gain": "--teacher",
 }
 # What a resumed run may be told anew; everything else comes from its checkpoint.
-RESUME_FLAGS = {"resume", "device", "workers", "on_nan", "batch_size"}
+RESUME_FLAGS = {"resume", "device", "workers", "on_nan", "batch_size", "allow_download_scripts"}
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
