@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: a tiny network, a four-image data set, the optional test data."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -127,11 +128,22 @@ def tiny_dataset(tmp_path: Path) -> TinyDataset:
 
 @pytest.fixture
 def full_disk():
-    """Call it, and from then on no file of this process can grow beyond 16 KiB."""
+    """A context manager: within it no file of this process can grow beyond 16 KiB.
+
+    It must end within the test, as pytest itself may write to a file.
+    """
     resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16384, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    @contextlib.contextmanager
+    def fill():
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16384, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return fill
 
 
 @pytest.fixture(scope="session")

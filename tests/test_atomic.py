@@ -49,8 +49,8 @@ def test_a_folder_that_is_not_there(tmp_path):
 def test_a_full_disk_names_the_file_and_leaves_the_previous_one(tmp_path, full_disk):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
-    full_disk()
-    with pytest.raises(OSError, match="too large") as caught, atomic_write(path) as file:
+    too_large = pytest.raises(OSError, match="too large")
+    with full_disk(), too_large as caught, atomic_write(path) as file:
         file.write(bytes(100_000))
     assert caught.value.filename == str(path)
     assert path.read_bytes() == b"old"

@@ -136,9 +136,8 @@ def test_a_full_disk_is_named_and_leaves_the_previous_file(model, tmp_path, full
     path = tmp_path / "last.pt"
     save_checkpoint(path, build_checkpoint(model, NAMES))
     before = path.read_bytes()
-    full_disk()
-    with pytest.raises(OSError, match="too large") as caught:  # torch says "unexpected pos 704"
-        save_checkpoint(path, build_checkpoint(model, NAMES))
+    with full_disk(), pytest.raises(OSError, match="too large") as caught:
+        save_checkpoint(path, build_checkpoint(model, NAMES))  # torch says "unexpected pos 704"
     assert caught.value.filename == str(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

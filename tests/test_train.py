@@ -260,16 +260,16 @@ def test_a_run_killed_before_it_has_saved_anything_says_how_to_start_it(
 
 
 def test_a_full_disk_costs_no_more_than_the_epoch(base, tmp_path, monkeypatch, full_disk):
-    judge_epoch, run = train.judge_epoch, tmp_path / "runs/exp"
+    judge_epoch, run, disk = train.judge_epoch, tmp_path / "runs/exp", contextlib.ExitStack()
 
     def fill(current, epoch, result):
         if epoch == 1:
-            full_disk()
+            disk.enter_context(full_disk())
         return judge_epoch(current, epoch, result)
 
     monkeypatch.setattr(train, "judge_epoch", fill)
     words = rf"(best|last)\.pt: File too large; .*; then python train.py --resume {run} goes on"
-    with pytest.raises(OSError, match=words):
+    with disk, pytest.raises(OSError, match=words):
         train.main([*base, "--epochs", "2"])
     assert load_checkpoint(run / "weights/last.pt")["training"]["epoch"] == 0
     assert load_detector(run / "weights/best.pt").names == ("disc", "box", "bar")
