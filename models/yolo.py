@@ -23,7 +23,7 @@ MAX_CONVS = 10_000
 MAX_REPEATS = 1000  # of one row
 MAX_CHANNELS = 1 << 16
 MAX_KERNEL = 99
-MAX_STRIDE = 512  # input pixels a cell
+LEAST_STRIDE, MAX_STRIDE = Fraction(1, 4), 512  # input pixels a cell
 
 
 class Feature(NamedTuple):
@@ -176,9 +176,10 @@ class _Builder:
             module = nn.Sequential(*parts)
         if feature.width > MAX_CHANNELS:
             raise ValueError(f"gives {feature.width} channels; at most {MAX_CHANNELS} make sense")
-        if not 1 <= feature.stride <= MAX_STRIDE:
+        if not LEAST_STRIDE <= feature.stride <= MAX_STRIDE:
             raise ValueError(
-                f"gives one cell for {feature.stride} pixels; only 1 to {MAX_STRIDE} make sense"
+                f"gives one cell for {feature.stride} pixels; only {LEAST_STRIDE} to {MAX_STRIDE} "
+                "make sense"
             )
         self.features.append(feature)
         return module

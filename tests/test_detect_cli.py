@@ -208,7 +208,7 @@ def test_damaged_files_are_named_and_passed_over(run, folder, caplog):
     (folder / "zwei/clip.avi").write_bytes(b"no video")
     run_dir = run(folder / "zwei")
     assert files_of(run_dir) == {"ä 1.png"}
-    assert "b.jpg: not an image, or a damaged one" in caplog.text
+    assert "b.jpg: not an image; expected a whole JPEG" in caplog.text
     assert "clip.avi: not a video, or a damaged one" in caplog.text
     (folder / "zwei/ä 1.png").write_bytes(b"")
     with pytest.raises(OSError, match=r"zwei: nothing in it can be read: .*b.jpg.* \(and 2 more\)"):
