@@ -18,8 +18,10 @@ PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 cv2.setNumThreads(1)
-# What a shell runs in the background starts deaf to Ctrl-C, and so do its children.
+# What runs in the background, or under nohup, starts deaf to these, and so do its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class TinyDataset(NamedTuple):

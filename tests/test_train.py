@@ -1100,7 +1100,7 @@ REFUSED = {
     "rate of words": (["--bn_sparsity", "--sparsity_rate", "much"], "a number or auto, not 'much'"),
     "mode without penalty": (["--sparsity_mode", "proximal"], "--sparsity_mode acts only with"),
     "cost without penalty": (["--sparsity_cost", "0"], "--sparsity_cost acts only with"),
-    "share above 1": (["--bn_sparsity", "--sparsity_share", "60"], "--sparsity_share is 60"),
+    "share above 1": (["--bn_sparsity", "--sparsity_share", "60"], "--sparsity-share is 60"),
     "cost too high": (
         ["--bn_sparsity", "--sparsity_cost", "2"],
         "--sparsity-cost is 2.0, expected",
