@@ -1186,6 +1186,9 @@ def judge_network(
 
 def log_forecast(run: Run, penalty: SparsityPenalty, first_epoch: int) -> None:
     """Say how sparse the rest of the run can become; more is known after its first epoch."""
+    if penalty.is_released:
+        LOGGER.info("enough gammas are near 0; the others have been let go")
+        return
     forecast = Forecast(
         run.plan.rest(first_epoch),
         penalty.sparsity_rate,

@@ -1,4 +1,4 @@
-"""Measure what slimming costs and gains: every number of `benchmarks/slimming.md`, again.
+"""Measure what slimming costs and gains: the scripted tables of `benchmarks/slimming.md`, again.
 
     python -m benchmarks.slimming bccd --weights yolov5n.pt
     python -m benchmarks.slimming shapes

@@ -281,7 +281,8 @@ def test_once_enough_is_down_the_rest_is_let_go(model):
 
     penalty = SparsityPenalty(model, 0.5, epochs=4, release_share=0.75)
     gammas = torch.ones(penalty.num_channels)
-    torch.nn.init.ones_(next(iter(penalty.batchnorms.values())).bias)
+    for bn in penalty.batchnorms.values():
+        torch.nn.init.ones_(bn.bias)
     down = round(penalty.num_channels * 0.75)
     for number, expected in ((down - 1, False), (down, True), (down, False)):
         gammas[:number] = 0.009
@@ -293,8 +294,18 @@ def test_once_enough_is_down_the_rest_is_let_go(model):
     for each in (penalty, resumed):
         on_gamma, on_beta = pulled(each)
         assert torch.equal(on_gamma != 0, gammas < 0.01)
-        assert not on_beta[down:].any()
+        assert torch.equal(on_beta != 0, gammas < 0.01)
         assert each.release() is False
+
+
+def test_frozen_layers_do_not_count_for_the_release(model):
+    penalty = SparsityPenalty(model, 0.5, epochs=4, release_share=0.6)
+    place(torch.ones(penalty.num_channels), penalty)
+    first, *others = penalty.batchnorms.values()
+    for bn in others:
+        bn.weight.requires_grad_(False)
+    first.weight.data.fill_(0.0)
+    assert penalty.release() is True
 
 
 def test_by_default_nothing_is_let_go(model):

@@ -240,6 +240,8 @@ def parse_args(
     check_least(parser, options, LEAST_VALUES)
     check_batch_size(parser, options)
     check_shares(parser, options, ("sparsity_cost", "sparsity_share"))
+    if options.sparsity_share == 0:
+        parser.error("--sparsity_share is 0, expected more, to 1")
     if options.sparsity_share is None:
         options.sparsity_share = AUTO_SHARE if options.sparsity_rate == "auto" else 1.0
     if options.label_smoothing is not None and not 0 <= options.label_smoothing < 1:

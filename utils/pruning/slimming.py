@@ -364,18 +364,20 @@ class SparsityPenalty:
 
     @torch.no_grad()
     def release(self) -> bool:
-        """Once `release_share` of the gammas are near 0, pull at those alone from now on.
+        """Once `release_share` of the trained gammas are near 0, pull at those alone from now on.
 
-        The others are what the loss has defended, and recover what the pull has cost them. To be
-        called between epochs; waits for the device.
+        The others, and their betas, are what the loss has defended; they recover what the pull has
+        cost them. To be called between epochs; waits for the device.
 
         Returns:
             Whether this has happened now.
         """
         if self.is_released or self.release_share >= 1:
             return False
-        are_down = [bn.weight.abs() < NEAR_ZERO for bn in self.batchnorms.values()]
-        if torch.cat(are_down).double().mean() < self.release_share:
+        layers = self.batchnorms.values()
+        are_down = [bn.weight.abs() < NEAR_ZERO for bn in layers]
+        trained = [d for d, bn in zip(are_down, layers, strict=True) if bn.weight.requires_grad]
+        if int(torch.cat(trained).sum()) < self.release_share * sum(map(len, trained)):
             return False
         self.weights = [w * is_down for w, is_down in zip(self.weights, are_down, strict=True)]
         self.is_released = True
