@@ -73,7 +73,7 @@ Problems = dict[int, str]  # by index: what is wrong with an image that is shown
 
 NUM_PROBES = 16  # images looked at to tell one lost image from a lost drive
 
-WORKER_GRACE = 20  # seconds that a worker lives on after SIGTERM
+WORKER_GRACE = 300  # seconds that a worker lives on after SIGTERM: longer than a step may take
 
 RECT_PAD = 0.5  # of rectangular evaluation batches, in strides
 
