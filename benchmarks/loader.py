@@ -2,7 +2,9 @@
 
     python -m benchmarks.loader --data data/bccd.yaml --img 640 --out loader.md
 
-Once in this process with one thread, which is the figure per core, and once with --workers.
+Once in this process with one thread, which is the figure per core, and once with --workers. Ours
+twice: reading every image from its file (the first epoch, and data sets that are not small), and
+from the second epoch on with `--cache`, by default `auto` as in train.py.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from benchmarks import harness, plain
 from utils.command import run_command
@@ -25,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Time whole passes over the training images."""
     parser = harness.build_parser(__doc__)
     parser.add_argument("--hyp", default="hyp.scratch-low.yaml", help="hyperparameter yaml")
+    parser.add_argument("--cache", choices=("auto", "ram", "disk", "off"), default="auto")
     options = parser.parse_args(argv)
     device = select_device(options.device)
     hyp = load_hyperparameters(find_config(options.hyp, ["data/hyps"], ROOT))
@@ -36,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             harness.use_one_core()
         variants = {
             "plain": plain_epoch(split, options.img, hyp, options.batch, workers),
-            "ours": our_epoch(split, options.img, hyp, options.batch, workers),
+            "ours, files read": our_epoch(split, options.img, hyp, options.batch, workers),
+            f"ours, --cache {options.cache}": our_epoch(
+                split, options.img, hyp, options.batch, workers, options.cache
+            ),
         }
         times = harness.take_turns(variants, options.repeats, device)
         title = f"Loader processes: {workers}" if workers else "One core, no loader process"
@@ -45,10 +52,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def our_epoch(
-    split: Split, imgsz: int, hyp: Hyperparameters, batch: int, workers: int
+    split: Split,
+    imgsz: int,
+    hyp: Hyperparameters,
+    batch: int,
+    workers: int,
+    cache: Literal["auto", "ram", "disk", "off"] = "off",
 ) -> Callable[[], None]:
     """One pass of the loader that train.py has; another epoch at each call."""
-    dataset = DetectionDataset(split, imgsz, hyp=hyp)
+    dataset = DetectionDataset(split, imgsz, hyp=hyp, cache=cache)
     loader = build_loader(dataset, batch, workers=workers, shuffle=True)
     epochs = itertools.count()
 

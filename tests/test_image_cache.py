@@ -51,6 +51,33 @@ def test_pixel_caches_give_the_same_images(split, kind, hyp, workers, caplog):
     assert are_equal(collect(cached), expected), "the cache is not written to"
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_few_images_are_read_once(split, workers, caplog):
+    expected = collect(build_loader(DetectionDataset(split, 64, hyp=HIGH), 2))
+    with caplog.at_level(logging.INFO):
+        dataset = DetectionDataset(split, 64, hyp=HIGH, cache="auto")
+    assert "4 images stay in memory once they are read" in caplog.text
+    assert not dataset._cache.filled.any(), "nothing is read before it is needed"
+    cached = build_loader(dataset, 2, workers=workers)
+    assert are_equal(collect(cached), expected)
+    assert dataset._cache.filled.any(), "this process sees what its workers have read"
+    filled = np.flatnonzero(dataset._cache.filled)
+    for index in filled:
+        Path(split.paths[index]).write_bytes(b"gone")
+    assert are_equal(collect(cached), expected)
+
+
+@pytest.mark.parametrize(("room", "is_kept"), [(10 * 2**20, True), (500_000, False), (None, False)])
+def test_many_images_are_read_again(split, room, is_kept, monkeypatch, caplog):
+    monkeypatch.setattr(image_cache, "available_memory", lambda: room)
+    dataset = DetectionDataset(split, 64, cache="auto")  # 36,864 bytes
+    assert (dataset._cache is not None) == is_kept
+    monkeypatch.setattr(image_cache, "SMALL_BYTES", 36_000)
+    assert DetectionDataset(split, 64, cache="auto")._cache is None
+    assert DetectionDataset(split, 64, cache="off")._cache is None
+    assert caplog.text == "", "no warning: nobody has asked for it"
+
+
 def test_ram_cache_is_refused_where_it_does_not_fit(split, monkeypatch, caplog):
     monkeypatch.setattr(image_cache, "available_memory", lambda: 40_000)
     expected = DetectionDataset(split, 64)[0].image
@@ -131,7 +158,7 @@ def test_disk_cache_on_a_full_disk(tiny_dataset, split, monkeypatch, caplog):
 def test_a_damaged_image_is_not_cached(tiny_dataset, split, caplog):
     path = tiny_dataset.images / "b.png"
     path.write_bytes(path.read_bytes()[:300])
-    for kind in ("ram", "disk"):
+    for kind in ("auto", "ram", "disk"):
         image, targets, *_ = DetectionDataset(split, 64, cache=kind)[1]
         assert (image == 114).all()
         assert len(targets) == 0

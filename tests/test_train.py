@@ -288,7 +288,7 @@ def test_a_share_that_goes_while_training_says_how_to_go_on(
         patched.setattr(train, "judge_epoch", unplug)
         words = r"images/train: .*connect its drive.*; then python train.py --resume .*exp goes on"
         with pytest.raises(OSError, match=words):
-            train.main([*base, "--epochs", "2"])
+            train.main([*base, "--epochs", "2", "--cache", "off"])
     gone.rename(tiny_dataset.images)
     run = tmp_path / "runs/exp"
     train.main(["--resume", str(run)])

@@ -116,7 +116,7 @@ class DetectionDataset(Dataset[Item]):
         batch_size: of rectangular batches; must be that of the loader.
         stride: rectangular shapes are multiples of this.
         pad: added to rectangular shapes, in strides (0.5 for evaluation).
-        cache: `ram` or `disk` keeps decoded images.
+        cache: keeps decoded images, see `build_image_cache`; None or `off` does not.
         seed: of all random draws, from 0.
         shape_hw: of evaluation inputs instead of the square; no side longer than `imgsz`.
 
@@ -135,7 +135,7 @@ class DetectionDataset(Dataset[Item]):
         batch_size: int = 16,
         stride: int = 32,
         pad: float = 0.0,
-        cache: Literal["ram", "disk"] | None = None,
+        cache: Literal["auto", "ram", "disk", "off"] | None = None,
         seed: int = 0,
         shape_hw: tuple[int, int] | None = None,
     ) -> None:
@@ -157,7 +157,7 @@ class DetectionDataset(Dataset[Item]):
                 self.input_shapes_hw[members] = shape_hw
         self._resized_hw, self._reductions = self._plan_loading()
         self._cache = None
-        if cache:
+        if cache and cache != "off":
             self._cache = build_image_cache(
                 cache, split.paths, self._resized_hw, self._load_whole, self._variant()
             )

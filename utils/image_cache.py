@@ -1,11 +1,13 @@
-"""Decoded, resized images kept in memory or on disk (`--cache ram|disk`)."""
+"""Decoded, resized images kept in memory or on disk (`--cache`)."""
 
 from __future__ import annotations
 
 import io
 import logging
+import mmap
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +22,8 @@ LOGGER = logging.getLogger(__name__)
 
 MEMORY_SHARE = 0.8  # of the memory that is available now; the rest is for the training itself
 DISK_SHARE = 0.9
+# What `auto` may take without being asked: of the memory that is available, and at most.
+SMALL_SHARE, SMALL_BYTES = 0.05, 256 * 2**20
 
 
 class ImageCache(Protocol):
@@ -37,23 +41,27 @@ def build_image_cache(
     load: Callable[[int], np.ndarray | None],
     variant: str,
 ) -> ImageCache | None:
-    """Fill a cache, saying its size first.
+    """Make a cache, saying its size first.
 
     Args:
-        kind: `ram` or `disk`.
+        kind: `ram` or `disk` reads all images now; `auto` keeps them in memory as they are read,
+            where they are few.
         paths: image files.
         resized_hw: int [N, 2], the size each will have once loaded.
         load: decodes and resizes one image; None for one that is damaged.
         variant: tells apart ways of resizing, for file names.
 
     Returns:
-        None where there is not enough room or the place cannot be written; the log says so.
+        None where there is not enough room or the place cannot be written; the log says so, but
+        for `auto`.
 
     Raises:
         ValueError: there is no such kind.
     """
-    if kind not in ("ram", "disk"):
-        raise ValueError(f"cache {kind!r}: expected ram or disk")
+    if kind not in ("auto", "ram", "disk"):
+        raise ValueError(f"cache {kind!r}: expected auto, ram or disk")
+    if kind == "auto":
+        return RamCache.fill_as_read(resized_hw, load)
     if kind == "ram":
         return RamCache.fill(resized_hw, load)
     return DiskCache.fill(paths, resized_hw, load, variant)
@@ -63,19 +71,19 @@ def build_image_cache(
 class RamCache:
     """All images in one block of memory, which forked loader workers share."""
 
-    def __init__(self, resized_hw: np.ndarray) -> None:
+    def __init__(self, resized_hw: np.ndarray, load: Callable[[int], np.ndarray | None]) -> None:
         sizes = resized_hw.prod(1) * 3
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
-        self.shapes_hw = resized_hw
-        self.filled = np.zeros(len(resized_hw), bool)
-        self.pixels = np.empty(int(self.offsets[-1]), np.uint8)
+        self.shapes_hw, self.load = resized_hw, load
+        self.filled = _shared_bytes(len(resized_hw)).view(bool)
+        self.pixels = _shared_bytes(int(self.offsets[-1]))
 
     @classmethod
     def fill(
         cls, resized_hw: np.ndarray, load: Callable[[int], np.ndarray | None]
     ) -> RamCache | None:
         """Decode everything; None if it does not fit."""
-        needed, free = int(resized_hw.prod(1).sum()) * 3, available_memory()
+        needed, free = _count_bytes(resized_hw), available_memory()
         size = f"{len(resized_hw)} images need {_gigabytes(needed)} of memory"
         if free is not None and needed > MEMORY_SHARE * free:
             LOGGER.warning(
@@ -84,17 +92,31 @@ class RamCache:
             )  # fmt: skip
             return None
         LOGGER.info("caching images in memory: %s", size)
-        cache = cls(resized_hw)
-
-        def keep(index: int) -> None:
-            image = load(index)
-            # Another size: the file has changed since the scan.
-            if image is not None and image.shape[:2] == tuple(resized_hw[index]):
-                cache._block(index)[...] = image
-                cache.filled[index] = True
-
-        _for_each(keep, len(resized_hw))
+        cache = cls(resized_hw, load)
+        _for_each(cache._keep, len(resized_hw))
         return cache
+
+    @classmethod
+    def fill_as_read(
+        cls, resized_hw: np.ndarray, load: Callable[[int], np.ndarray | None]
+    ) -> RamCache | None:
+        """Decode each image when it is asked for first; None if they are not few."""
+        needed, free = _count_bytes(resized_hw), available_memory()
+        # Workers that are not forked would each have a cache of their own.
+        if sys.platform != "linux" or needed > min(SMALL_SHARE * (free or 0), SMALL_BYTES):
+            return None
+        LOGGER.info(
+            "%d images stay in memory once they are read: %.0f MiB (--cache off: they do not)",
+            len(resized_hw), needed / 2**20,
+        )  # fmt: skip
+        return cls(resized_hw, load)
+
+    def _keep(self, index: int) -> None:
+        image = self.load(index)
+        # Another size: the file has changed since the scan.
+        if image is not None and image.shape[:2] == tuple(self.shapes_hw[index]):
+            self._block(index)[...] = image
+            self.filled[index] = True
 
     def _block(self, index: int) -> np.ndarray:
         block = self.pixels[self.offsets[index] : self.offsets[index + 1]]
@@ -103,10 +125,21 @@ class RamCache:
     def get(self, index: int) -> np.ndarray | None:
         """The image, not to be written to."""
         if not self.filled[index]:
+            self._keep(index)
+        if not self.filled[index]:
             return None
         image = self._block(index)
         image.flags.writeable = False
         return image
+
+
+def _shared_bytes(count: int) -> np.ndarray:
+    """Zeros, uint8; what a forked process writes to them all see."""
+    return np.frombuffer(mmap.mmap(-1, max(count, 1)), np.uint8, count)
+
+
+def _count_bytes(resized_hw: np.ndarray) -> int:
+    return int(resized_hw.prod(1).sum()) * 3
 
 
 def available_memory() -> int | None:
@@ -217,7 +250,7 @@ def _make_room(files: Sequence[Path], resized_hw: np.ndarray) -> bool:
     for folder in folders:
         _make_writable_folder(folder)
     _remove_outdated(files, folders)
-    needed, free = int(resized_hw.prod(1).sum()) * 3, shutil.disk_usage(files[0].parent).free
+    needed, free = _count_bytes(resized_hw), shutil.disk_usage(files[0].parent).free
     size = f"{len(files)} images need {_gigabytes(needed)} in {files[0].parent}"
     if needed > DISK_SHARE * free:
         LOGGER.warning("no image cache: %s, where %s are free", size, _gigabytes(free))

@@ -193,7 +193,14 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="", help="'' (best), cpu, mps, 0 or 0,1")
     group.add_argument("--amp", choices=AMP_CHOICES, default="auto", help="precision")
     group.add_argument("--workers", type=int, help=WORKERS_HELP)
-    group.add_argument("--cache", nargs="?", const="ram", choices=("ram", "disk"), help="images")
+    group.add_argument(
+        "--cache",
+        nargs="?",
+        const="ram",
+        default="auto",
+        choices=("auto", "ram", "disk", "off"),
+        help="decoded images; auto: in memory, where they are few (up to 256 MiB)",
+    )
     group = parser.add_argument_group("results")
     group.add_argument("--project", default=str(ROOT / "runs/train"), help="parent folder")
     group.add_argument("--name", default="exp", help="folder name; a number is added")
