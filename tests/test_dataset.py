@@ -1,5 +1,6 @@
 """Loading, augmenting, batching."""
 
+import atexit
 import dataclasses
 import itertools
 import os
@@ -214,6 +215,7 @@ def test_a_lost_folder_stops_with_one_line(tiny_dataset, split, lose, workers):
     assert str(caught.value).startswith(f"{tiny_dataset.images}: the images")
     assert "a.jpg" in str(caught.value)
     assert "\n" not in str(caught.value)
+    loader.end_workers()  # `caught` keeps it
 
 
 # -------------------------------------------------------------------------------- augmented loading
@@ -442,3 +444,20 @@ def test_workers_leave_the_answer_to_signals_to_their_parent(split):
     for cause in (signal.SIGINT, signal.SIGTERM):
         os.kill(worker.pid, cause)
     assert len(list(batches)) == 3
+
+
+def test_workers_end_with_the_program_though_an_error_holds_their_loader(split, monkeypatch):
+    """Nobody told them, and their parent waited for as long as they outlive SIGTERM: 20 s."""
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", lambda *call: at_exit.append(call))
+    loader = build_loader(DetectionDataset(split, 64), 1, workers=1)
+    list(loader)
+    (worker,) = loader._iterator._workers
+    ((end, reference),) = at_exit
+    end(reference)
+    assert worker.exitcode == 0
+    list(loader)  # which nothing forbids
+    (worker,) = loader._iterator._workers
+    del loader
+    assert worker.exitcode == 0, "an exit that holds no loader frees it"
+    end(reference)

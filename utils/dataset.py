@@ -9,11 +9,13 @@ there it becomes one warning or one error.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import math
 import signal
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -506,6 +508,18 @@ class Loader(DataLoader[Any]):
             _Courier(dataset, num_threads), collate_fn=_pack, generator=generator, **arguments
         )
         self.unreadable: dict[str, str] = {}  # path: what is wrong
+        if self.num_workers:
+            atexit.register(_end_workers_of, weakref.ref(self))
+
+    def end_workers(self) -> None:
+        """Tell the workers to go, and wait for them; another iteration would start new ones.
+
+        It happens by itself when a loader is freed. An error may keep one to the end of the
+        program, where nobody would tell them: they would hold it up for `WORKER_GRACE`.
+        """
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()
+            self._iterator = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for delivery in super().__iter__():
@@ -597,6 +611,11 @@ def build_loader(
         # Forked workers share the images cached in memory instead of copying them.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
+
+
+def _end_workers_of(reference: weakref.ref[Loader]) -> None:
+    if (loader := reference()) is not None:
+        loader.end_workers()
 
 
 def sample_batches(loader: Loader, num_images: int) -> list[Batch]:
