@@ -153,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return launch_processes(options, argv)
     join_processes(options, device)
     devices.seed_everything(options.seed + devices.rank())
+    devices.forbid_chance(device, options.deterministic)
 
     inputs = find_inputs(options, resumed)
     precision = devices.select_precision(options.amp, device)

@@ -101,6 +101,19 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def forbid_chance(device: torch.device, on_gpu: bool) -> None:
+    """Let torch add up in the same order in every run: always on a CPU, on a GPU if wanted.
+
+    A CPU loses nothing by it: the gradient of the predictions that the loss picks out, which its
+    threads else add up as they come, even takes half the time. A GPU is slower, and torch warns of
+    what has no fixed order there. To be called before anything is computed on it.
+    """
+    if on_gpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+    # Does what torch.use_deterministic_algorithms does, which takes seconds to import a compiler.
+    torch.set_deterministic_debug_mode("warn" if on_gpu or device.type == "cpu" else "default")
+
+
 def memory_text(device: torch.device) -> str:
     """Memory in use by tensors on the GPU, or by this process on the CPU, as `1.23G`."""
     if device.type == "cuda":

@@ -101,7 +101,17 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="when a loss or gradient is not finite: stop, or recover, which goes back to the last "
         "checkpoint and on with half the learning rate; default: %(default)s",
     )
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of all that is drawn by chance; on a CPU the same seed gives the same weights",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU too the same seed shall give the same weights: slower; a CPU needs no flag",
+    )
     group.add_argument(
         "--evolve",
         type=int,

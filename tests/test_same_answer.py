@@ -1,0 +1,120 @@
+"""What must not change an answer: workers, threads, a second run."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import train
+from utils import device as devices
+from utils.checkpoint import load_checkpoint
+from utils.loss import DetectionLoss, LossSettings
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def train_flags(tiny_spec, tiny_dataset, tmp_path):
+    """A run of a second; hundreds of boxes, many for one cell, so that threads share the loss."""
+    rng = np.random.default_rng(0)
+    for number, image in enumerate(sorted(tiny_dataset.images.iterdir())):
+        rows = np.c_[rng.integers(3, size=400), rng.uniform(0.3, 0.7, (400, 2)), np.full(400, 0.3)]
+        lines = [f"{int(cls)} {x:.6f} {y:.6f} {side} {side}" for cls, x, y, side in rows]
+        label = (tiny_dataset.labels / image.name).with_suffix(".txt")
+        label.write_text("\n".join(lines[number:]), encoding="utf-8")
+    cfg = tmp_path / "tiny_net.yaml"
+    cfg.write_text(yaml.safe_dump(tiny_spec), encoding="utf-8")
+    return [
+        *("--data", str(tiny_dataset.yaml), "--cfg", str(cfg), "--weights", "", "--img", "64"),
+        *("--batch", "2", "--nominal-batch", "2", "--epochs", "2", "--noautoanchor"),
+        *("--device", "cpu", "--project", str(tmp_path / "runs")),
+    ]
+
+
+def assert_equal_runs(first, second):
+    """The final weights bit by bit, and all of results.csv."""
+    for name in ("best.pt", "last.pt"):
+        weights = [load_checkpoint(run / "weights" / name)["model"] for run in (first, second)]
+        for key, value in weights[0].items():
+            assert torch.equal(value, weights[1][key]), (name, key)
+    assert (first / "results.csv").read_text() == (second / "results.csv").read_text()
+
+
+SPARSE = ("--bn_sparsity", "--sparsity_rate", "auto", "--optimizer", "AdamW")
+KINDS = {
+    "float32": ("--amp", "off"),
+    "sparse, float32, image weights": ("--amp", "off", *SPARSE, "--image-weights"),
+    "sparse, bfloat16, multi-scale": (
+        *("--amp", "bf16", *SPARSE, "--sparsity_mode", "proximal", "--multi-scale"),
+    ),
+}
+
+
+@pytest.fixture
+def _quick(monkeypatch):
+    """Leave out what takes most of the time and has tests of its own."""
+    for name in ("draw", "give_verdict"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_seed_gives_the_same_weights(train_flags, tmp_path, kind):
+    for workers in ("0", "2"):
+        train.main([*train_flags, *KINDS[kind], "--workers", workers, "--name", f"with{workers}"])
+        torch.rand(5), np.random.rand(5)  # noqa: NPY002 (what is left behind must not matter)
+    assert_equal_runs(tmp_path / "runs/with0", tmp_path / "runs/with2")
+
+
+@pytest.mark.usefixtures("_quick")
+def test_another_seed_gives_other_weights(train_flags, tmp_path):
+    for seed in ("0", "1"):
+        train.main([*train_flags, "--epochs", "1", "--noval", "--seed", seed, "--name", seed])
+    with pytest.raises(AssertionError):
+        assert_equal_runs(tmp_path / "runs/0", tmp_path / "runs/1")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_quick")
+def test_another_process_gives_the_same_weights(train_flags, tmp_path, pytestconfig):
+    """It has another order of sets."""
+    flags = [*train_flags, "--amp", "off", *SPARSE, "--epochs", "1"]
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "2"}
+    program = "import sys, train; train.draw = train.give_verdict = print; train.main(sys.argv[1:])"
+    command = [sys.executable, "-c", program, *flags, "--name", "there"]
+    subprocess.run(command, cwd=pytestconfig.rootpath, env=environment, check=True)
+    train.main([*flags, "--name", "here"])
+    assert_equal_runs(tmp_path / "runs/there", tmp_path / "runs/here")
+
+
+def test_threads_add_up_the_loss_in_one_order():
+    """Else the gradients of boxes that share a cell come as the threads do."""
+    devices.forbid_chance(CPU, on_gpu=False)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 3, 10, 10, 85, generator=generator)
+    targets = torch.rand(400, 6, generator=generator)
+    targets[:, 0], targets[:, 1] = torch.arange(400) % 8, torch.arange(400) % 80
+    targets[:, 2:4], targets[:, 4:] = targets[:, 2:4] * 0.3 + 0.4, 0.25
+    anchors = torch.tensor([[[1.25, 1.6], [2, 3.75], [4.1, 2.9]]])
+    loss = DetectionLoss(anchors, LossSettings(box=0.05, obj=1, cls=0.5))
+    gradients = []
+    for _ in range(30):
+        leaf = logits.clone().requires_grad_()
+        loss([leaf], targets)[0].backward()
+        gradients.append(leaf.grad)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("device", "on_gpu", "expected"),
+    [("cpu", False, True), ("cpu", True, True), ("cuda", False, False), ("cuda", True, True)],
+)
+def test_where_chance_is_forbidden(monkeypatch, device, on_gpu, expected):
+    monkeypatch.setattr(os, "environ", {})
+    devices.forbid_chance(torch.device(device), on_gpu)
+    assert torch.are_deterministic_algorithms_enabled() == expected
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == on_gpu
