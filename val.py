@@ -198,17 +198,22 @@ def build_network_loader(
 ) -> Loader:
     """Batches of images of like shape, or of the only shape that an exported file takes."""
     if not isinstance(model, ExportedNetwork) or model.imgsz_hw is None:
-        return build_rect_loader(split, imgsz, stride_of(model), options)
+        return build_free_loader(split, imgsz, stride_of(model), options)
     shape_hw = model.imgsz_hw
     LOGGER.info("all images are letterboxed to %d x %d (height x width)", *shape_hw)
     dataset = DetectionDataset(split, imgsz, stride=model.stride, shape_hw=shape_hw)
     return batch_up(dataset, options)
 
 
-def build_rect_loader(split: Split, imgsz: int, stride: int, options: argparse.Namespace) -> Loader:
-    """Batches of images of like shape, without augmentation."""
+def build_free_loader(split: Split, imgsz: int, stride: int, options: argparse.Namespace) -> Loader:
+    """Batches of images of like shape, or of squares, without augmentation."""
     dataset = DetectionDataset(
-        split, imgsz, rect=True, batch_size=options.batch_size, stride=stride, pad=RECT_PAD
+        split,
+        imgsz,
+        rect=not options.square,
+        batch_size=options.batch_size,
+        stride=stride,
+        pad=RECT_PAD,
     )
     return batch_up(dataset, options)
 
@@ -410,7 +415,7 @@ def study(
         writer.writerow(header)
         for weights, model in models.items():
             for imgsz in STUDY_SIZES:
-                loader = build_rect_loader(split, imgsz, stride_of(model), options)
+                loader = build_free_loader(split, imgsz, stride_of(model), options)
                 result = run(model, loader, names, options, device, precision)
                 scores = (result.precision, result.recall, result.map50, result.map50_95)
                 numbers = [f"{number:.5g}" for number in (*scores, *result.speed_ms)]

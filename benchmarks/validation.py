@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     val_options = val.parse_args(harness.format_flags(options, ("batch", "workers", "device")))
     precision = val.select_precision(val_options.half, device)
-    our_loader = val.build_rect_loader(split, imgsz, model.max_stride, val_options)
+    our_loader = val.build_free_loader(split, imgsz, model.max_stride, val_options)
     plain_set = plain.PlainDataset(split, imgsz, None, options.batch, model.max_stride)
     plain_loader = plain.build_loader(
         plain_set, options.batch, harness.count_plain_workers(options)

@@ -1,8 +1,10 @@
-"""What must not change an answer: workers, threads, a second run."""
+"""What must not change an answer: workers, batch size, run order, a busy machine, a second run."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ import torch
 import yaml
 
 import train
+import val
+from models import Model, ModelSpec
 from utils import device as devices
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import build_checkpoint, load_checkpoint, save_checkpoint
 from utils.loss import DetectionLoss, LossSettings
 
 CPU = torch.device("cpu")
@@ -118,3 +122,53 @@ def test_where_chance_is_forbidden(monkeypatch, device, on_gpu, expected):
     devices.forbid_chance(torch.device(device), on_gpu)
     assert torch.are_deterministic_algorithms_enabled() == expected
     assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == on_gpu
+
+
+# ---------------------------------------------------------------------------------- validation
+@pytest.fixture
+def validate(tiny_spec, tiny_dataset, tmp_path):
+    """Call val.py with more flags; returns its results.json without the times."""
+
+    def run(*flags, seed=0):
+        torch.manual_seed(seed)
+        weights = tmp_path / f"{seed}.pt"
+        names = ("disc", "box", "bar")
+        content = build_checkpoint(Model(ModelSpec.from_dict(tiny_spec)), names)
+        save_checkpoint(weights, content)
+        project = tmp_path / "runs"
+        val.main([
+            *("--weights", str(weights), "--data", str(tiny_dataset.yaml), "--img", "96"),
+            *("--device", "cpu", "--noplots", "--conf-thres", "0", "--project", str(project)),
+            *("--name", "one", "--exist-ok", *flags),
+        ])  # fmt: skip
+        results = json.loads((project / "one/results.json").read_text())
+        del results["speed_ms"]
+        return results
+
+    return run
+
+
+def test_map_does_not_depend_on_batch_size_or_workers(validate):
+    expected = validate("--square", "--batch-size", "4")
+    assert expected["map50"] > 0.001
+    for flags in (("1",), ("3",), ("3", "--workers", "2"), ("1", "--workers", "1")):
+        results = validate("--square", "--batch-size", *flags)
+        for name in ("map50", "map50_95", "precision", "recall"):
+            assert results[name] == pytest.approx(expected[name], abs=1e-6), (flags, name)
+
+
+def test_a_validation_does_not_depend_on_those_before(validate):
+    first, other = validate(), validate(seed=1)
+    assert other != first
+    assert validate() == first
+    assert validate(seed=1) == other
+
+
+def test_a_slow_machine_gives_the_same_answer(validate, monkeypatch):
+    """Nothing gives up when it takes long: each look at a clock is an hour after the one before."""
+    expected = validate()
+    looks = []
+    for clock in ("time", "perf_counter", "monotonic", "process_time"):
+        monkeypatch.setattr(time, clock, lambda: 3600.0 * (looks.append(1) or len(looks)))
+    assert validate() == expected
+    assert looks

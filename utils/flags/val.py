@@ -53,6 +53,12 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     group.add_argument("--batch-size", type=int, default=32, help="images")
     group.add_argument(
+        "--square",
+        action="store_true",
+        help="pad every image to a square, not those of a batch to their common shape: slower, "
+        "but mAP does not depend on --batch-size",
+    )
+    group.add_argument(
         "--conf-thres", type=float, help="least confidence, 0 to 1; default 0.001, speed: 0.25"
     )
     group.add_argument("--iou-thres", type=float, help="of NMS, 0 to 1; default 0.6, speed: 0.45")
