@@ -509,13 +509,12 @@ class Loader(DataLoader[Any]):
         )
         self.unreadable: dict[str, str] = {}  # path: what is wrong
         if self.num_workers:
-            atexit.register(_end_workers_of, weakref.ref(self))
+            _WITH_WORKERS.add(self)
 
     def end_workers(self) -> None:
         """Tell the workers to go, and wait for them; another iteration would start new ones.
 
-        It happens by itself when a loader is freed. An error may keep one to the end of the
-        program, where nobody would tell them: they would hold it up for `WORKER_GRACE`.
+        It happens by itself when a loader is freed, and at the end of the program.
         """
         if self._iterator is not None:
             self._iterator._shutdown_workers()
@@ -553,6 +552,19 @@ class Loader(DataLoader[Any]):
             if not is_valid or (weights < 0).any():
                 raise ValueError(f"image weights must be {len(dataset)} finite numbers from 0")
         self.batch_sampler.image_weights = weights
+
+
+_WITH_WORKERS: weakref.WeakSet[Loader] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all_workers() -> None:
+    """Let those go that an error or Ctrl-C has left waiting for work.
+
+    Python would end them by SIGTERM, which they outlive by `WORKER_GRACE`.
+    """
+    for loader in _WITH_WORKERS:
+        loader.end_workers()
 
 
 def build_loader(
@@ -611,11 +623,6 @@ def build_loader(
         # Forked workers share the images cached in memory instead of copying them.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-
-
-def _end_workers_of(reference: weakref.ref[Loader]) -> None:
-    if (loader := reference()) is not None:
-        loader.end_workers()
 
 
 def sample_batches(loader: Loader, num_images: int) -> list[Batch]:
