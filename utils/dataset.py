@@ -516,8 +516,9 @@ class Loader(DataLoader[Any]):
 
         It happens by itself when a loader is freed, and at the end of the program.
         """
-        if self._iterator is not None:
-            self._iterator._shutdown_workers()
+        iterator: Any = self._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
             self._iterator = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
