@@ -714,7 +714,7 @@ def print_speeds(
     flops_ratio: float,
     device: torch.device,
 ) -> None:
-    """Per batch size how much faster; a warning where it is not, or less than was wanted."""
+    """Per batch size how much faster; a warning where that is not sure, or less than was wanted."""
     for row in speeds:
         text = describe_speed(row, flops_ratio, str(device))
         is_faster = row.speed_up_low > 1

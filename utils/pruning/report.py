@@ -185,13 +185,18 @@ def format_layers(rows: Sequence[LayerRow]) -> str:
 
 
 def describe_speed(row: SpeedRow, flops_ratio: float, device: str) -> str:
-    """One sentence: how much faster, of what the FLOPs alone would give; or that it is not."""
+    """How much faster, of what the FLOPs alone would give; or that it is not, or nobody knows."""
     ratio = f"{row.speed_up:.2f}x ({row.speed_up_low:.2f}-{row.speed_up_high:.2f})"
     pieces = "one image" if row.batch_size == 1 else f"{row.batch_size} images"
     if row.speed_up_low > 1:
         return (
             f"{ratio} faster on {device}, {pieces}; {row.speed_up / flops_ratio:.2f} of the "
             f"{flops_ratio:.2f}x by which the FLOPs fell"
+        )
+    if row.speed_up_high >= 1:
+        return (
+            f"no measurable difference on {device}: {ratio}, {pieces}. If the range is wide, "
+            "measure again on an idle machine; if not, more has to go"
         )
     return (
         f"not faster on {device}: {ratio}, {pieces}. Fewer channels save time only where "
@@ -225,7 +230,8 @@ def _describe_speed(report: Report) -> str:
     spread = f"({lowest:.2f} to {highest:.2f})"
     if lowest > 1:
         return f"{middle:.2f} times as fast {spread} {where}"
-    return f"not measurably faster: {middle:.2f} times as fast {spread} {where}"
+    kind = "no measurable difference in speed" if highest >= 1 else "slower"
+    return f"{kind}: {middle:.2f} times as fast {spread} {where}"
 
 
 def _batch_size(report: Report) -> str:
