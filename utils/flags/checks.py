@@ -1,14 +1,42 @@
-"""Checks that the parsers share. A mistake ends the program with `parser.error`."""
+"""Flags and checks that the parsers share. A mistake ends the program with `parser.error`."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from utils.device_text import gpu_indices
 
+ROOT = Path(__file__).resolve().parents[2]
 WORKERS_HELP = "loader processes, at most; default: 8 beside a GPU, none where the CPU computes"
+# Pixels. One image of the largest size takes 3 GB; beyond it OpenCV fails with words of its own.
+MIN_IMGSZ, MAX_IMGSZ = 32, 16384
+
+
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """Without flags; the description, with its commands to copy, is shown as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_download_flag(group: argparse._ArgumentGroup) -> None:
+    """`--allow-download-scripts`."""
+    group.add_argument(
+        "--allow-download-scripts",
+        action="store_true",
+        help="run the `download:` command of a data set yaml that is not part of this project",
+    )
+
+
+def add_run_dir_flags(group: argparse._ArgumentGroup, task: str) -> None:
+    """Where results go: by default `runs/<task>/exp`, `exp2` and so on."""
+    group.add_argument("--project", default=str(ROOT / "runs" / task), help="parent folder")
+    group.add_argument("--name", default="exp", help="folder name; a number is added")
+    group.add_argument("--exist-ok", action="store_true", help="write into an existing folder")
 
 
 def flag_of(name: str) -> str:
@@ -21,10 +49,21 @@ def check_least(
 ) -> None:
     """Numbers, alone or several, must be finite and at least so large; None and words pass."""
     for name, low in least.items():
-        given = getattr(options, name)
-        for value in given if isinstance(given, list | tuple) else [given]:
+        for value in _listed(getattr(options, name)):
             if isinstance(value, int | float) and not low <= value < math.inf:
                 parser.error(f"{flag_of(name)} is {value}, expected at least {low}")
+
+
+def check_imgsz(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Sides of the input must be such that images can be drawn to them; None passes."""
+    check_least(parser, options, {"imgsz": MIN_IMGSZ})
+    for side in _listed(options.imgsz):
+        if side is not None and side > MAX_IMGSZ:
+            parser.error(f"--imgsz is {side}, expected at most {MAX_IMGSZ}")
+
+
+def _listed(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def check_shares(

@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from utils.flags.checks import WORKERS_HELP, check_device, check_least, number_or_auto
+from utils.flags.checks import (
+    WORKERS_HELP,
+    check_device,
+    check_imgsz,
+    check_least,
+    new_parser,
+    number_or_auto,
+)
 
 # Epochs of dense, sparse and fine-tuning; image size; share of the channels to remove; rate.
 EPOCHS = (45, 35, 15)
@@ -14,7 +21,6 @@ PERCENT = 0.5
 SPARSITY_RATE = "auto"
 
 LEAST_VALUES = {
-    "imgsz": 32,
     **dict.fromkeys(("batch_size", "epochs"), 1),
     **dict.fromkeys(("sparsity_rate", "workers"), 0),
 }
@@ -29,9 +35,7 @@ def parse_args(
         argv: the command line; None takes that of the program.
         description: what `--help` says above the flags.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(description)
     parser.add_argument("--data", default="data/shapes.yaml", help="data set yaml")
     parser.add_argument("--cfg", default="yolov5n.yaml", help="model yaml")
     parser.add_argument("--hyp", default="hyp.shapes.yaml", help="hyperparameter yaml")
@@ -56,6 +60,7 @@ def parse_args(
     parser.add_argument("--workers", type=int, help=WORKERS_HELP)
     parser.add_argument("--project", default="runs/demo", help="parent folder")
     options = parser.parse_args(argv)
+    check_imgsz(parser, options)
     check_least(parser, options, LEAST_VALUES)
     if not 0 < options.percent < 1:
         parser.error(f"--percent is {options.percent:g}, expected more than 0 and less than 1")

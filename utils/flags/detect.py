@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from utils.flags.checks import check_device, check_least, check_shares, flag_of
+from utils.flags.checks import (
+    add_run_dir_flags,
+    check_device,
+    check_imgsz,
+    check_least,
+    check_shares,
+    flag_of,
+    new_parser,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-
-LEAST_VALUES = {"imgsz": 32, "max_det": 1, "classes": 0, "line_thickness": 1, "vid_stride": 1}
+LEAST_VALUES = {"max_det": 1, "classes": 0, "line_thickness": 1, "vid_stride": 1}
 DRAWING = ("line_thickness", "hide_labels", "hide_conf")
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """All flags with their defaults."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(description)
     group = parser.add_argument_group("network and source")
     group.add_argument(
         "--weights",
@@ -59,9 +62,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     group.add_argument("--line-thickness", type=int, help="of boxes, pixels; default: by size")
     group.add_argument("--hide-labels", action="store_true", help="boxes only")
     group.add_argument("--hide-conf", action="store_true", help="class names, no confidences")
-    group.add_argument("--project", default=str(ROOT / "runs/detect"), help="parent folder")
-    group.add_argument("--name", default="exp", help="folder name; a number is added")
-    group.add_argument("--exist-ok", action="store_true", help="write into an existing folder")
+    add_run_dir_flags(group, "detect")
     return parser
 
 
@@ -85,6 +86,7 @@ def parse_args(
             if getattr(options, name):
                 parser.error(f"{flag_of(name)} does not act with --nosave: nothing is drawn")
     check_shares(parser, options, ("conf_thres", "iou_thres"))
+    check_imgsz(parser, options)
     check_least(parser, options, LEAST_VALUES)
     check_device(parser, options)
     return options

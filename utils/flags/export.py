@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from utils.flags.checks import check_device, check_least, check_shares, flag_of
+from utils.flags.checks import (
+    add_download_flag,
+    check_device,
+    check_imgsz,
+    check_least,
+    check_shares,
+    flag_of,
+    new_parser,
+)
 
 FORMATS = ("onnx", "torchscript", "openvino", "engine")
 THROUGH_ONNX = ("onnx", "openvino", "engine")
@@ -21,14 +29,12 @@ REFUSED = {
     "int8": ("torchscript", "engine"),
     "nms": ("engine",),
 }
-LEAST_VALUES = {"imgsz": 32, "batch_size": 1, "max_det": 1, "calib_images": 1, "workers": 0}
+LEAST_VALUES = {"batch_size": 1, "max_det": 1, "calib_images": 1, "workers": 0}
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """All flags with their defaults."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(description)
     group = parser.add_argument_group("network and data")
     group.add_argument(
         "--weights",
@@ -39,11 +45,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--data",
         help="data set yaml: its val images check the result, its train images calibrate --int8",
     )
-    group.add_argument(
-        "--allow-download-scripts",
-        action="store_true",
-        help="run the `download:` command of a data set yaml that is not part of this project",
-    )
+    add_download_flag(group)
     group = parser.add_argument_group("formats")
     group.add_argument(
         "--include", nargs="+", choices=FORMATS, default=["onnx"], help="what to write"
@@ -110,6 +112,7 @@ def parse_args(
     options.include = list(dict.fromkeys(options.include))
     if len(options.imgsz) > 2:
         parser.error(f"--imgsz takes one or two numbers, not {len(options.imgsz)}")
+    check_imgsz(parser, options)
     check_least(parser, options, LEAST_VALUES)
     check_shares(parser, options, ("conf_thres", "iou_thres"))
     check_device(parser, options)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 from utils.choices import COMPENSATIONS, DEFAULT_IMPORTANCE, IMPORTANCES, SHORTCUT_RULES
-from utils.flags.checks import WORKERS_HELP, check_device, check_least, check_shares, flag_of
+from utils.flags.checks import (
+    WORKERS_HELP,
+    add_download_flag,
+    add_run_dir_flags,
+    check_device,
+    check_imgsz,
+    check_least,
+    check_shares,
+    flag_of,
+    new_parser,
+)
 from utils.pruning.targets import TARGET_UNITS, Target, parse_target
-
-ROOT = Path(__file__).resolve().parents[2]
 
 DEFAULT_RECALIBRATION = 4  # batches, tried where there is a data set
 LEAST_VALUES = {
-    "imgsz": 32,
     **dict.fromkeys(("workers", "recalibrate"), 0),
     **dict.fromkeys(
         ("batch_size", "calibration_images", "min_channels", "round_to", "latency_batch"), 1
@@ -35,9 +41,7 @@ AMOUNTS = ("percent", "sweep", "target_gflops", "target_params", "target_latency
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """All flags with their defaults."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(description)
     parser.add_argument(
         "--weights", required=True, help="checkpoint: ours, a public YOLOv5 .pt or a known name"
     )
@@ -63,15 +67,9 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="", help="'' (best), cpu, mps or 0")
     group.add_argument("--workers", type=int, help=WORKERS_HELP)
-    group.add_argument(
-        "--allow-download-scripts",
-        action="store_true",
-        help="run the `download:` command of a data set yaml that is not part of this project",
-    )
+    add_download_flag(group)
     group = parser.add_argument_group("results")
-    group.add_argument("--project", default=str(ROOT / "runs/val"), help="parent folder")
-    group.add_argument("--name", default="exp", help="folder name; a number is added")
-    group.add_argument("--exist-ok", action="store_true", help="write into an existing folder")
+    add_run_dir_flags(group, "val")
     return parser
 
 
@@ -159,6 +157,7 @@ def parse_args(
     options = parser.parse_args(argv)
     check_amount(parser, options)
     check_shares(parser, options, ("conf_thres", "iou_thres"))
+    check_imgsz(parser, options)
     check_least(parser, options, LEAST_VALUES)
     check_device(parser, options)
     needs_images = (

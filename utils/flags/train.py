@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from utils.choices import (
     AMP_CHOICES,
@@ -21,19 +20,20 @@ from utils.choices import (
 from utils.device_text import gpu_indices
 from utils.flags.checks import (
     WORKERS_HELP,
+    add_download_flag,
+    add_run_dir_flags,
     check_device,
+    check_imgsz,
     check_least,
     check_shares,
+    new_parser,
     number_or_auto,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 LEAST_VALUES = {
     **dict.fromkeys(("epochs", "nominal_batch"), 1),
     **dict.fromkeys(("workers", "patience", "sparsity_rate", "distill_gain"), 0),
     **dict.fromkeys(("seed", "freeze", "evolve"), 0),
-    "imgsz": 32,
 }
 # A flag that does nothing without another.
 ACTS_ONLY_WITH = {
@@ -49,9 +49,7 @@ RESUME_FLAGS = {"resume", "device", "workers", "on_nan", "batch_size", "allow_do
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """All flags with their defaults."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(description)
     group = parser.add_argument_group("network and data")
     group.add_argument(
         "--weights",
@@ -62,11 +60,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     group.add_argument("--data", default="data/coco128.yaml", help="data set yaml")
     group.add_argument("--hyp", default="hyp.scratch-low.yaml", help="hyperparameter yaml")
     group.add_argument("--single-cls", action="store_true", help="treat all classes as one")
-    group.add_argument(
-        "--allow-download-scripts",
-        action="store_true",
-        help="run the `download:` command of a data set yaml that is not part of this project",
-    )
+    add_download_flag(group)
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=300)
     group.add_argument(
@@ -212,9 +206,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="decoded images; auto: in memory, where they are few (up to 256 MiB)",
     )
     group = parser.add_argument_group("results")
-    group.add_argument("--project", default=str(ROOT / "runs/train"), help="parent folder")
-    group.add_argument("--name", default="exp", help="folder name; a number is added")
-    group.add_argument("--exist-ok", action="store_true", help="write into an existing folder")
+    add_run_dir_flags(group, "train")
     group.add_argument("--tensorboard", action="store_true", help="event files beside the others")
     group.add_argument("--save-period", type=int, default=-1, help="keep every Nth epoch")
     group.add_argument("--nosave", action="store_true", help="write only the last checkpoint")
@@ -254,6 +246,7 @@ def parse_args(
         parser.error("--ft_pruned_model needs the pruned checkpoint: give --weights")
     check_validation_and_loading(parser, options, given)
     check_device(parser, options)
+    check_imgsz(parser, options)
     check_least(parser, options, LEAST_VALUES)
     check_batch_size(parser, options)
     check_shares(parser, options, ("sparsity_cost", "sparsity_share"))

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from utils.flags.checks import WORKERS_HELP, check_device, check_least, check_shares, flag_of
-
-ROOT = Path(__file__).resolve().parents[2]
+from utils.flags.checks import (
+    WORKERS_HELP,
+    add_download_flag,
+    add_run_dir_flags,
+    check_device,
+    check_imgsz,
+    check_least,
+    check_shares,
+    flag_of,
+    new_parser,
+)
 
 IMGSZ = 640  # default of --imgsz, but for exported files of one size
 STUDY_SIZES = range(256, 1536 + 1, 128)
 # Default --conf-thres and --iou-thres: for mAP, and as in use (--task speed).
 THRESHOLDS_FOR_MAP, THRESHOLDS_IN_USE = (0.001, 0.6), (0.25, 0.45)
-LEAST_VALUES = {"imgsz": 32, "batch_size": 1, "max_det": 1, "workers": 0}
+LEAST_VALUES = {"batch_size": 1, "max_det": 1, "workers": 0}
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """All flags with their defaults."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(description)
     group = parser.add_argument_group("network and data")
     group.add_argument(
         "--weights",
@@ -38,11 +43,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="split to use; or the speed on val; or a sweep over image sizes on val",
     )
     group.add_argument("--single-cls", action="store_true", help="treat all classes as one")
-    group.add_argument(
-        "--allow-download-scripts",
-        action="store_true",
-        help="run the `download:` command of a data set yaml that is not part of this project",
-    )
+    add_download_flag(group)
     group = parser.add_argument_group("detection")
     group.add_argument(
         "--imgsz",
@@ -75,9 +76,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--save-json", action="store_true", help="predictions.json, scored with pycocotools"
     )
     group.add_argument("--noplots", action="store_true", help="no pictures")
-    group.add_argument("--project", default=str(ROOT / "runs/val"), help="parent folder")
-    group.add_argument("--name", default="exp", help="folder name; a number is added")
-    group.add_argument("--exist-ok", action="store_true", help="write into an existing folder")
+    add_run_dir_flags(group, "val")
     return parser
 
 
@@ -102,6 +101,7 @@ def parse_args(
         if getattr(options, name) is None:
             setattr(options, name, default)
     check_shares(parser, options, ("conf_thres", "iou_thres"))
+    check_imgsz(parser, options)
     check_least(parser, options, LEAST_VALUES)
     check_device(parser, options)
     return options
