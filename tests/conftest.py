@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import runpy
 import signal
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,6 +128,38 @@ def tiny_dataset(tmp_path: Path) -> TinyDataset:
     )
     num_boxes = sum(len(objects) for *_, objects in _TINY_IMAGES)
     return TinyDataset(root, yaml, images, labels, _TINY_NAMES, num_boxes)
+
+
+class Ended(NamedTuple):
+    """How a command ended, and what it said; logging goes to `caplog`."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_script(monkeypatch, capfd):
+    """Run a script of the project as typed, but in this process: torch, loaded once, takes 3 s."""
+
+    def run(name: str, *arguments: object) -> Ended:
+        path = PROJECT_ROOT / name
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        handlers = {cause: signal.getsignal(cause) for cause in (signal.SIGINT, signal.SIGTERM)}
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            code = 1 if isinstance(stop.code, str) else stop.code or 0
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+        finally:
+            for cause, handler in handlers.items():
+                signal.signal(cause, handler)
+        return Ended(code, *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture

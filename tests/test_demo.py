@@ -1,6 +1,6 @@
 import csv
+import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import yaml
 
 import demo
 from utils.flags import prune, train, val
+from utils.profile import compare_latency
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -99,17 +100,41 @@ def test_a_failing_stage_ends_the_demo():
         demo.run_stage(1, stage)
 
 
+@pytest.fixture
+def stages_of_seconds(monkeypatch):
+    """The commands run in this process, measure the latency of five passes and draw nothing."""
+
+    def call(command):
+        python, script, *flags = command
+        assert python == sys.executable
+        module = importlib.import_module(script.removesuffix(".py"))
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "draw", lambda *_, **__: None)
+            if hasattr(module, "compare_latency"):
+                patched.setattr(module, "compare_latency", quick_latency)
+            module.main(flags)
+        return 0
+
+    def quick_latency(models, imgsz, device, *settings, **more):
+        return compare_latency(models, imgsz, device, *settings, **more | {"seconds": 0})
+
+    monkeypatch.setattr(demo.subprocess, "call", call)
+    monkeypatch.setattr(demo, "compare_latency", quick_latency)
+
+
 @pytest.mark.slow
-def test_demo_end_to_end_on_a_tiny_data_set(tmp_path, tiny_dataset, tiny_spec):
+def test_demo_end_to_end_on_a_tiny_data_set(
+    tmp_path, tiny_dataset, tiny_spec, stages_of_seconds, monkeypatch, capsys
+):
+    monkeypatch.chdir(ROOT)
     cfg = tmp_path / "tiny.yaml"
     cfg.write_text(yaml.safe_dump(tiny_spec))
-    command = [sys.executable, "demo.py", "--data", str(tiny_dataset.yaml), "--cfg", str(cfg)]
-    command += ["--imgsz", "64"]
+    command = ["--data", str(tiny_dataset.yaml), "--cfg", str(cfg), "--imgsz", "64"]
     command += ["--epochs", "1", "1", "1", "--batch-size", "2", "--workers", "0"]
     command += ["--percent", "0.1", "--device", "cpu", "--project", str(tmp_path / "demo")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    assert "5 val" in result.stdout
+    demo.main(command)
+    printed = capsys.readouterr().out
+    assert "5 val" in printed
     folder = tmp_path / "demo" / "exp"
     with (folder / "stages.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -118,4 +143,4 @@ def test_demo_end_to_end_on_a_tiny_data_set(tmp_path, tiny_dataset, tiny_spec):
     assert parameters[0] == parameters[1] > parameters[2] == parameters[3] == parameters[4]
     assert all(float(row["latency_ms"]) > 0 for row in rows)
     assert (folder / "stages.png").stat().st_size > 10_000
-    assert (folder / "stages.txt").read_text() in result.stdout
+    assert (folder / "stages.txt").read_text() in printed

@@ -410,18 +410,17 @@ def test_python_and_command_agree(shared_dir, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_as_a_command(shared_dir, tmp_path, request):
+def test_as_a_command(run_script, shared_dir, tmp_path, request):
     """Exit status; and what `timeout` sends, which ends a run as Ctrl-C does."""
-    script = [sys.executable, str(request.config.rootpath / "detect.py"), "--device", "cpu"]
-    script += ["--weights", str(shared_dir / "weights/yolov5n.pt"), "--project", str(tmp_path)]
-    done = subprocess.run([*script, "--source", "none"], capture_output=True, text=True)
+    flags = ["--weights", str(shared_dir / "weights/yolov5n.pt"), "--project", str(tmp_path)]
+    flags += ["--device", "cpu"]
+    done = run_script("detect.py", *flags, "--source", "none")
     assert done.returncode == 1
     assert done.stderr.startswith("error: none: no such file or folder; expected an image")
     clip = write_video(tmp_path / "clip.mp4")
-    done = subprocess.run(
-        [*script, "--source", clip, "--img", "64"], capture_output=True, text=True
-    )
+    done = run_script("detect.py", *flags, "--source", clip, "--img", "64")
     assert (done.returncode, done.stderr) == (0, "")
+    script = [sys.executable, str(request.config.rootpath / "detect.py"), *flags]
     assert len(frames_of(tmp_path / "exp/clip.mp4")[1]) == 10
     with serve(mjpeg_handler([itertools.repeat(100)])) as address:
         process = subprocess.Popen(

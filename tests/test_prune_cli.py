@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -949,19 +948,18 @@ def test_a_missing_gpu_is_said(run):
 
 
 @pytest.mark.slow
-def test_from_the_shell(weights, tmp_path, pytestconfig):
+def test_as_a_command(run_script, weights, tmp_path, caplog):
     """An error is one line and a code, never a traceback; success is 0."""
-    command = [sys.executable, "prune.py", "--device", "cpu", "--img", "64", "--percent", "0.3"]
-    command += ["--project", str(tmp_path / "runs"), "--weights"]
-    settings = {"cwd": pytestconfig.rootpath, "capture_output": True, "text": True}
-    failed = subprocess.run([*command, str(tmp_path / "absent.pt")], **settings)
+    caplog.set_level(logging.INFO)
+    command = ["prune.py", "--device", "cpu", "--img", "64", "--percent", "0.3"]
+    command += ["--project", tmp_path / "runs", "--weights"]
+    failed = run_script(*command, tmp_path / "absent.pt")
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ")
     assert len(failed.stderr.splitlines()) == 1
-    done = subprocess.run([*command, str(weights)], **settings)
-    assert done.returncode == 0, done.stderr
-    assert "pruned_model.pt" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
+    done = run_script(*command, weights)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "pruned_model.pt" in caplog.text
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@ import csv
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -304,11 +303,8 @@ def test_folding_changes_nothing(command, tmp_path, weights, monkeypatch):
     ("extra", "code", "message"),
     [([], 0, ""), (["--weights", "none.pt"], 1, "error: none.pt: no such file")],
 )
-def test_as_a_command(command, request, extra, code, message):
-    script = request.config.rootpath / "val.py"
-    done = subprocess.run(
-        [sys.executable, str(script), *command, *extra], capture_output=True, text=True, check=False
-    )
+def test_as_a_command(run_script, command, extra, code, message):
+    done = run_script("val.py", *command, "--noplots", *extra)
     assert done.returncode == code
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith(message)
