@@ -549,14 +549,16 @@ class Run:
             self.imgsz,
         )
         if self.penalty is not None:
+            weights = torch.cat(self.penalty.weights)
+            pulled = weights[weights > 0]  # not those that were let go
             LOGGER.info(
                 "sparse training (%s, shortcuts: %s): rate %s, by cost %.2g to %.2g times that, on "
                 "%d gammas in %d layers",
                 self.penalty.mode,
                 self.penalty.shortcut,
                 self.options.sparsity_rate,
-                min(float(weights.min()) for weights in self.penalty.weights),
-                max(float(weights.max()) for weights in self.penalty.weights),
+                pulled.min().item(),
+                pulled.max().item(),
                 self.penalty.num_channels,
                 len(self.penalty.batchnorms),
             )
@@ -858,18 +860,26 @@ def train_epochs(
             epoch = run.first_epoch
             continue
         run.batches = 0
-        if run.penalty is not None and run.penalty.release():
-            LOGGER.info(
-                "epoch %d: %.0f%% of the gammas are below %g; the others are let go from here on",
-                epoch, 100 * run.penalty.release_share, NEAR_ZERO,
-            )  # fmt: skip
         is_best, is_last = judge_epoch(run, epoch, result)
+        if run.penalty is not None and not is_last:
+            let_go(run, run.penalty, epoch)
         if results is not None:
             log_epoch(run, results, epoch, losses, result)
             save_epoch(run, epoch, result, is_best, is_last)
             if run.penalty is not None and is_verdict_due(options, epoch, is_last):
                 give_verdict(run, run.penalty, train_loader, val_loader, epoch)
         epoch += 1
+
+
+def let_go(run: Run, penalty: SparsityPenalty, epoch: int) -> None:
+    """Once enough of the averaged gammas are near 0, pull at the others no more, and say so."""
+    share = penalty.release(run.ema.model)
+    if share is not None:
+        LOGGER.info(
+            "epoch %d: %.1f%% of the gammas are below %g, --sparsity_share is %g%%; the others are "
+            "let go from here on",
+            epoch, 100 * share, NEAR_ZERO, 100 * penalty.release_share,
+        )  # fmt: skip
 
 
 def explain_not_finite(run: Run, error: FloatingPointError, epoch: int) -> str:
@@ -1113,6 +1123,7 @@ def log_epoch(
         run.gammas.append(gamma_statistics(run.ema.model, run.penalty.shortcut))
         row["sparsity_rate"] = run.penalty.rate(epoch)
         row.update(run.gammas[-1].as_row())
+        row["gamma/let_go"] = run.penalty.share_let_go
         line += (
             f", |gamma| median {row['gamma/q50']:.4f}, below 0.01 {row['gamma/below_1e-2']:.1%}, "
             f"suggested percent {row['gamma/suggested_percent']:.3f}"

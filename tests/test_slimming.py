@@ -269,50 +269,94 @@ def test_a_resumed_penalty_has_the_auto_rate_of_its_run(model):
     assert resumed.rate(1) == penalty.rate(1) > 0.3
 
 
-def test_once_enough_is_down_the_rest_is_let_go(model):
-    def pulled(penalty):
-        """The gradients that the penalty alone gives to all gammas, and to all betas."""
-        for bn in penalty.batchnorms.values():
-            bn.weight.grad, bn.bias.grad = torch.zeros_like(bn.weight), torch.zeros_like(bn.bias)
-        penalty.before_step(0, FINITE)
-        layers = penalty.batchnorms.values()
-        on_gammas = torch.cat([bn.weight.grad for bn in layers])
-        return on_gammas, torch.cat([bn.bias.grad for bn in layers])
+def averaged_with(penalty, model, gammas):
+    """A copy of `model` whose penalised gammas are these; those of `model` itself are 1."""
+    averaged = copy.deepcopy(model)
+    place(gammas, SparsityPenalty(averaged, 0.1, epochs=4, shortcut=penalty.shortcut))
+    return averaged
 
-    penalty = SparsityPenalty(model, 0.5, epochs=4, release_share=0.75)
-    gammas = torch.ones(penalty.num_channels)
+
+def pulled_at(penalty, model):
+    """Which gammas the penalty alone moves, and which betas."""
     for bn in penalty.batchnorms.values():
+        bn.weight.grad, bn.bias.grad = torch.zeros_like(bn.weight), torch.zeros_like(bn.bias)
         torch.nn.init.ones_(bn.bias)
-    down = round(penalty.num_channels * 0.75)
-    for number, expected in ((down - 1, False), (down, True), (down, False)):
+    before = torch.cat([bn.weight.detach().clone() for bn in penalty.batchnorms.values()])
+    optimizer = build_optimizer(model, "SGD", 0.1, momentum=0, weight_decay=0)
+    penalty.before_step(0, FINITE)
+    optimizer.step()
+    penalty.after_step(0, FINITE, optimizer, model)
+    layers = penalty.batchnorms.values()
+    after = torch.cat([bn.weight.detach() for bn in layers])
+    return after != before, torch.cat([bn.bias.detach() for bn in layers]) != 1
+
+
+@pytest.mark.parametrize("mode", ["subgradient", "proximal"])
+def test_once_enough_is_down_the_rest_is_let_go(model, mode):
+    penalty = SparsityPenalty(model, 0.5, 4, "keep", mode, release_share=0.75)
+    num_channels = penalty.num_channels  # no ties: a group is a layer
+    gammas = torch.ones(num_channels)
+    down = round(num_channels * 0.75)
+    for number, expected in ((down - 1, None), (down, down / num_channels), (down, None)):
         gammas[:number] = 0.009
         gammas[number:] = 0.011
-        place(gammas, penalty)
-        assert penalty.release() is expected
-    resumed = SparsityPenalty(copy.deepcopy(model), 0.5, epochs=4, release_share=0.75)
+        assert penalty.release(averaged_with(penalty, model, gammas)) == expected
+    twin = copy.deepcopy(model)
+    resumed = SparsityPenalty(twin, 0.5, 4, "keep", mode, release_share=0.75)
     resumed.load_state_dict(copy.deepcopy(penalty.state_dict()))
-    for each in (penalty, resumed):
-        on_gamma, on_beta = pulled(each)
-        assert torch.equal(on_gamma != 0, gammas < 0.01)
-        assert torch.equal(on_beta != 0, gammas < 0.01)
-        assert each.release() is False
+    for each, trained in ((penalty, model), (resumed, twin)):
+        on_gamma, on_beta = pulled_at(each, trained)
+        assert torch.equal(on_gamma, gammas < 0.01)
+        assert torch.equal(on_beta, gammas < 0.01) if mode == "subgradient" else not on_beta.any()
+        assert each.share_let_go == pytest.approx(1 - down / num_channels)
+        assert each.release(averaged_with(penalty, model, gammas)) is None
+
+
+def test_tied_channels_are_let_go_together(model):
+    """By the mean over their layers; a single gamma that is down says nothing."""
+    penalty = SparsityPenalty(model, 0.5, epochs=4, release_share=0.01)
+    averaged = averaged_with(penalty, model, torch.ones(penalty.num_channels))
+    first, second = (averaged.model.get_submodule(path).bn for path in ("2.cv1", "2.m.0.cv2"))
+    first.weight.data[:3] = 0
+    second.weight.data[:2] = torch.tensor([0.019, 0.021])
+    groups = find_channel_groups(model, "group").prunable
+    assert penalty.release(averaged) is None  # one channel of a hundred
+    penalty.release_share = 1 / sum(group.num_channels for group in groups.values())
+    assert penalty.release(averaged) == penalty.release_share
+    weights = dict(zip(penalty.batchnorms, penalty.weights, strict=True))
+    expected = torch.zeros(8).index_fill(0, torch.tensor([0]), 1)
+    for path, mask in weights.items():
+        wanted = expected if path in ("2.cv1", "2.m.0.cv2") else torch.zeros_like(mask)
+        assert torch.equal(mask, wanted)
+
+
+def test_a_state_from_before_the_release_undoes_it(model):
+    penalty = SparsityPenalty(model, 0.5, 4, cost_power=0.5, release_share=0.5)
+    before = [weights.clone() for weights in penalty.weights]
+    earlier = copy.deepcopy(penalty.state_dict())
+    assert penalty.release(averaged_with(penalty, model, torch.zeros(penalty.num_channels))) == 1
+    place(torch.ones(penalty.num_channels), penalty)
+    penalty.load_state_dict(earlier)
+    assert not penalty.is_released
+    assert all(map(torch.equal, penalty.weights, before))
+    assert penalty.release(averaged_with(penalty, model, torch.zeros(penalty.num_channels))) == 1
 
 
 def test_frozen_layers_do_not_count_for_the_release(model):
     penalty = SparsityPenalty(model, 0.5, epochs=4, release_share=0.6)
-    place(torch.ones(penalty.num_channels), penalty)
+    gammas = torch.ones(penalty.num_channels)
     first, *others = penalty.batchnorms.values()
+    gammas[: first.num_features] = 0
     for bn in others:
         bn.weight.requires_grad_(False)
-    first.weight.data.fill_(0.0)
-    assert penalty.release() is True
+    assert penalty.release(averaged_with(penalty, model, gammas)) == 1
 
 
 def test_by_default_nothing_is_let_go(model):
     penalty = SparsityPenalty(model, 0.5, epochs=4)
-    place(torch.zeros(penalty.num_channels), penalty)
-    assert penalty.release() is False
+    assert penalty.release(averaged_with(penalty, model, torch.zeros(penalty.num_channels))) is None
     assert all(weights.all() for weights in penalty.weights)
+    assert penalty.share_let_go == 0
 
 
 def place(gammas, penalty):

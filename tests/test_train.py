@@ -25,6 +25,7 @@ from utils.config import load_hyperparameters
 from utils.evolve import read_history
 from utils.loss import DetectionLoss
 from utils.optim import build_optimizer
+from utils.pruning import slimming
 from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorms
 from utils.resume import newest_unfinished
 
@@ -433,6 +434,50 @@ def test_when_the_verdict_is_due():
     assert [e for e in range(10) if train.is_verdict_due(options, e, e == 9)] == [9]
 
 
+def test_channels_that_are_let_go_stay_so_in_a_resumed_run(base, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(slimming, "NEAR_ZERO", 1.0)  # half of the gammas of a new network, soon
+    flags = [*base, "--epochs", "3", "--bn_sparsity", "--sparsity_rate", "1e-6", "--optimizer"]
+    flags += ["AdamW", "--sparsity_share", "0.2"]
+    with caplog.at_level("INFO"):
+        train.main([*flags, "--name", "whole"])
+        (said,) = [line for line in caplog.messages if "let go from" in line]
+        train_until(monkeypatch, 1, [*flags, "--name", "parts"])
+        caplog.clear()
+        train.main(["--resume", str(tmp_path / "runs/parts/weights/last.pt")])
+    rows = results_of(tmp_path / "runs/whole")
+    share = 100 * float(rows[0]["gamma/below_1e-2"])  # every layer is trained
+    assert said.startswith(f"epoch 0: {share:.1f}% of the gammas are below 0.01, --sparsity_share")
+    assert 0.1 < float(rows[0]["gamma/let_go"]) == float(rows[2]["gamma/let_go"]) < 0.9
+    assert "the others have been let go" in caplog.text
+    assert "by cost 0 to" not in caplog.text
+    assert rows == results_of(tmp_path / "runs/parts")
+    whole, parts = (tmp_path / f"runs/{name}/weights/last.pt" for name in ("whole", "parts"))
+    assert_same_weights(weights_of(whole), weights_of(parts))
+
+
+def test_nothing_is_let_go_after_the_last_epoch(base, monkeypatch, caplog):
+    monkeypatch.setattr(slimming, "NEAR_ZERO", 2.0)
+    flags = ["--epochs", "1", "--bn_sparsity", "--sparsity_share", "0.2"]
+    with caplog.at_level("INFO"):
+        train.main([*base, *flags])
+    assert "let go" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "share"),
+    [
+        (["--sparsity_rate", "auto"], 0.6),
+        (["--sparsity_rate", "0.001"], 1),
+        ([], 1),
+        (["--sparsity_rate", "auto", "--sparsity_share", "0.9"], 0.9),
+        (["--sparsity_rate", "0.001", "--sparsity_share", "0.5"], 0.5),
+    ],
+    ids=str,
+)
+def test_auto_lets_channels_go_and_a_rate_does_not(flags, share):
+    assert train.parse_args(["--bn_sparsity", *flags])[0].sparsity_share == share
+
+
 def test_auto_says_what_it_has_chosen(base, tmp_path, caplog):
     flags = ["--bn_sparsity", "--sparsity_rate", "auto", "--optimizer", "AdamW"]
     with caplog.at_level("INFO"):
@@ -539,8 +584,9 @@ def test_a_step_that_the_scaler_leaves_out_shrinks_nothing(tiny_spec):
 
 
 def train_in_two(rank, tiny_spec, folder, mode, rate):
-    """Three steps on images of this process's own, then one without loss."""
+    """Three steps on images of this process's own, a release, then one step without loss."""
     torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     torch.distributed.init_process_group(
         "gloo", f"file://{folder}/meet-{mode}", rank=rank, world_size=2
     )
@@ -552,9 +598,14 @@ def train_in_two(rank, tiny_spec, folder, mode, rate):
         sum(logits.square().mean() for logits in network(torch.rand(2, 3, 64, 64))).backward()
         train.optimizer_step(run, 0, train.clip_gradients(run))
     gammas = torch.cat([bn.weight.detach() for bn in run.penalty.batchnorms.values()])
+    averaged = copy.deepcopy(run.model)
+    list(prunable_batchnorms(averaged).values())[-rank].weight.data.zero_()  # not the same layer
+    run.penalty.release_share = 0.01
+    share = run.penalty.release(averaged)
+    released = {"weights": torch.cat(run.penalty.weights), "share": torch.tensor(share)}
     alone = take_steps_without_loss(build_proximal_run(tiny_spec), 1, LRS)
     state = run.penalty.state_dict()["noise"]
-    torch.save({"gammas": gammas, "alone": alone, **state}, folder / f"{mode}{rank}.pt")
+    torch.save({"gammas": gammas, "alone": alone, **released, **state}, folder / f"{mode}{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -565,6 +616,7 @@ def test_two_processes_have_the_same_gammas(tiny_spec, tmp_path, mode, rate):
     first, second = (torch.load(tmp_path / f"{mode}{rank}.pt") for rank in (0, 1))
     assert (first["gammas"] != 1).all()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["weights"].nonzero().flatten().tolist() == list(range(8))  # those of layer 0
     assert torch.equal(
         first["alone"], take_steps_without_loss(build_proximal_run(tiny_spec), 1, LRS)
     )

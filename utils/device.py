@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from utils.device_text import gpu_indices
 
@@ -184,3 +185,12 @@ def is_true_anywhere(flag: bool, device: torch.device) -> bool:
     tensor = torch.tensor(float(flag), device=device)
     torch.distributed.all_reduce(tensor)
     return bool(tensor.item())
+
+
+def take_from_first(values: Tensor, device: torch.device) -> Tensor:
+    """What the first process has there; waits for it, over `device`, and may overwrite `values`."""
+    if world_size() == 1:
+        return values
+    shared = values.to(device)
+    torch.distributed.broadcast(shared, 0)
+    return shared.to(values.device)

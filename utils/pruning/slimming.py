@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from models.yolo import Model
+from utils import device as devices
 from utils.choices import MODES, SCHEDULES
 from utils.pruning.channel_groups import ChannelGroups, conv_block, find_channel_groups
 from utils.pruning.costs import NetworkCost
@@ -292,7 +293,7 @@ class SparsityPenalty:
             mode: one of `MODES`.
             schedule: one of `SCHEDULES`.
             cost_power: of `cost_weights`.
-            release_share: of the gammas, 0 to 1; see `release`. 1: never.
+            release_share: of the channels, 0 to 1; see `release`. 1: never.
 
         Raises:
             ValueError: a negative rate, an unknown mode or schedule, or a network without prunable
@@ -304,10 +305,11 @@ class SparsityPenalty:
             raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
-        channel_groups = find_channel_groups(model, shortcut)
-        self.batchnorms = _batchnorms(model, channel_groups)
-        weights = cost_weights(model, channel_groups, cost_power)
-        self.weights = [weights[path].to(bn.weight) for path, bn in self.batchnorms.items()]
+        self._channel_groups = find_channel_groups(model, shortcut)
+        self.batchnorms = _batchnorms(model, self._channel_groups)
+        weights = cost_weights(model, self._channel_groups, cost_power)
+        self._full_weights = [weights[path].to(bn.weight) for path, bn in self.batchnorms.items()]
+        self.weights = self._full_weights
         self.sparsity_rate = sparsity_rate
         self.epochs = epochs
         self.shortcut = shortcut
@@ -321,6 +323,11 @@ class SparsityPenalty:
     def num_channels(self) -> int:
         """How many gammas the rule lets go."""
         return sum(bn.num_features for bn in self.batchnorms.values())
+
+    @property
+    def share_let_go(self) -> float:
+        """How many of these gammas are not pulled at any more, as a share."""
+        return float((torch.cat(self.weights) == 0).float().mean())
 
     def rate(self, epoch: int) -> float:
         """The rate on gamma in `epoch`, counted from 0; waits for the device where it is auto."""
@@ -363,25 +370,43 @@ class SparsityPenalty:
         zero_average(averages, self.batchnorms.values())
 
     @torch.no_grad()
-    def release(self) -> bool:
-        """Once `release_share` of the trained gammas are near 0, pull at those alone from now on.
+    def release(self, averaged: Model) -> float | None:
+        """Once `release_share` of the channels are down, pull at those alone from now on.
 
         The others, and their betas, are what the loss has defended; they recover what the pull has
-        cost them. To be called between epochs; waits for the device.
+        cost them. Tied channels are down, or let go, together. To be called between epochs, by all
+        processes; the first one decides. Waits for the device.
+
+        Args:
+            averaged: the network of averaged weights, which is what is pruned.
 
         Returns:
-            Whether this has happened now.
+            The share that was down, if this has happened now. Frozen channels do not count.
         """
         if self.is_released or self.release_share >= 1:
-            return False
-        layers = self.batchnorms.values()
-        are_down = [bn.weight.abs() < NEAR_ZERO for bn in layers]
-        trained = [d for d, bn in zip(are_down, layers, strict=True) if bn.weight.requires_grad]
-        if int(torch.cat(trained).sum()) < self.release_share * sum(map(len, trained)):
-            return False
-        self.weights = [w * is_down for w, is_down in zip(self.weights, are_down, strict=True)]
+            return None
+        are_down = self._find_down(averaged)
+        trained = [are_down[name] for name in are_down if self._is_trained(name)]
+        num_down, num_trained = int(torch.cat(trained).sum()), sum(map(len, trained))
+        if num_down < self.release_share * num_trained:
+            return None
+        layouts = [self._channel_groups.outputs[path] for path in self.batchnorms]
+        pulled = [torch.cat([are_down[segment.group] for segment in layout]) for layout in layouts]
+        self.weights = [w * p.to(w) for w, p in zip(self._full_weights, pulled, strict=True)]
         self.is_released = True
-        return True
+        return num_down / num_trained
+
+    def _find_down(self, averaged: Model) -> dict[str, Tensor]:
+        """By channel group which channels are near 0, bool `[C]`: what the first process finds."""
+        importance = gamma_importance(averaged, self._channel_groups)
+        together = torch.cat(list(importance.values())) < NEAR_ZERO
+        together = devices.take_from_first(together, self.weights[0].device)
+        parts = together.split([len(values) for values in importance.values()])
+        return dict(zip(importance, parts, strict=True))
+
+    def _is_trained(self, group: str) -> bool:
+        producers = self._channel_groups.groups[group].producers
+        return any(self.batchnorms[path].weight.requires_grad for path in producers)
 
     def describe_largest_gamma(self, epoch: int) -> str:
         """Which layer has the largest |gamma|, or one that is no number."""
@@ -414,9 +439,10 @@ class SparsityPenalty:
         if state["auto"] is not None:
             self.sparsity_rate = AutoRate(**state["auto"])
         released = state.get("released_weights")  # versions before had no release
+        self.is_released = released is not None
+        self.weights = self._full_weights
         if released is not None:
             self.weights = [new.to(old) for new, old in zip(released, self.weights, strict=True)]
-            self.is_released = True
 
 
 def gamma_importance(model: Model, channel_groups: ChannelGroups) -> dict[str, Tensor]:
