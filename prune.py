@@ -31,7 +31,7 @@ import math
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,10 +89,12 @@ from utils.pruning.sweep import MAX_DROP, SweepRow, find_knee, format_sweep, is_
 from utils.pruning.targets import Target
 from utils.pruning.trials import Measured, Trials, TrialSettings
 from utils.pruning.verdict import (
+    History,
     Readiness,
     describe_readiness,
     doubt_from_gamma,
     measure_readiness,
+    read_history,
 )
 from utils.run_dir import new_run_dir, save_options, write_text_atomic
 
@@ -168,7 +170,8 @@ def prune(
     pruner = rank_channels(options, detector, imgsz, shortcut, trials)
     clock = functools.partial(compare_latency, imgsz=imgsz, device=device, seconds=LATENCY_SECONDS)
 
-    readiness = judge(pruner, detector, trials)
+    training = read_history(detector.checkpoint)
+    readiness = judge(pruner, training, trials)
     sweep = run_sweep(options, pruner, trials, clock, run_dir)
     percent = choose_percent(options, pruner, trials, clock, sweep)
     if percent is None:
@@ -212,18 +215,13 @@ def prune(
         classes=class_rows(compared),
         sweep=sweep,
         knee=find_knee(sweep),
-        verdict="" if readiness is None else describe_readiness(readiness, history(detector)),
+        verdict="" if readiness is None else describe_readiness(readiness, training),
         readiness=None if readiness is None else dataclasses.asdict(readiness),
         warnings=tuple(warnings),
     )
     pictures = draw_pictures(run_dir, pruner, cut, compared, report)
     save_results(run_dir, options, percent, compared.slim, detector)
     save_report(run_dir, report, pictures)
-
-
-def history(detector: Detector) -> Mapping[str, Any]:
-    """Options of the training run that the checkpoint comes from."""
-    return detector.checkpoint.get("options") or {}
 
 
 def describe_target(options: argparse.Namespace) -> str:
@@ -275,7 +273,7 @@ def _describe_row(row: nn.Module, sources: tuple[int, ...]) -> tuple[Any, ...]:
 
 def choose_shortcut(options: argparse.Namespace, detector: Detector) -> str:
     """The rule for tied channels: as demanded, else as the sparse training had it."""
-    trained = history(detector)
+    trained = read_history(detector.checkpoint).options
     rule = trained.get("shortcut") or "keep" if trained.get("bn_sparsity") else None
     if options.shortcut is None:
         LOGGER.info(
@@ -378,13 +376,14 @@ def rank_channels(
     )
 
 
-def judge(pruner: Pruner, detector: Detector, trials: Trials | None) -> Readiness | None:
+def judge(pruner: Pruner, training: History, trials: Trials | None) -> Readiness | None:
     """Measure and say whether the network is ready; None without images."""
     if trials is None:
         return None
     readiness = measure_readiness(pruner, trials.quick_map50)
-    text = describe_readiness(readiness, history(detector))
-    LOGGER.log(logging.INFO if readiness.is_ready else logging.WARNING, "\n%s", text)
+    text = describe_readiness(readiness, training)
+    is_ready = readiness.is_ready and not training.is_spoilt
+    LOGGER.log(logging.INFO if is_ready else logging.WARNING, "\n%s", text)
     LOGGER.info("(measured on %d validation images)\n", trials.num_few)
     return readiness
 

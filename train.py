@@ -119,7 +119,14 @@ from utils.pruning.slimming import (
     median_gamma,
     prunable_batchnorms,
 )
-from utils.pruning.verdict import describe_readiness, measure_readiness
+from utils.pruning.verdict import (
+    NOT_KNOWN,
+    Best,
+    History,
+    describe_readiness,
+    known_map50,
+    measure_readiness,
+)
 from utils.resume import Resumed, find_resumed, summarize_data, warn_of_other_data
 from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
 from utils.stopping import Stopped, StopRequest
@@ -176,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.frozen_norms = frozen_norms
     run.data = {"training": summarize_data(train_split), "validation": summarize_data(val_split)}
     add_teacher(run, teacher)
+    run.best = find_best(inputs, options)
     if resumed:
         restore_run(run, resumed.content["training"])
     results = open_results(run, train_split, val_split)
@@ -523,6 +531,7 @@ class Run:
     first_epoch: int = 0
     best_fitness: float = -1.0
     best_epoch: int = 0
+    best: Best = NOT_KNOWN  # mAP@.5, that of an older run on the same data included
     gammas: list[GammaStatistics] = dataclasses.field(default_factory=list)  # one an epoch
     teacher: Model | None = None
     distillation: DistillationLoss | None = None  # there if the teacher is
@@ -697,6 +706,16 @@ def add_teacher(run: Run, teacher: Model | None) -> None:
     run.distillation = DistillationLoss(run.model.head.anchors, teacher.head.anchors, gains)
 
 
+def find_best(inputs: Inputs, options: argparse.Namespace) -> Best:
+    """The mAP@.5 to measure a sparse training by that starting weights and teacher have had."""
+    known = {} if inputs.source is None else {"of the starting weights": inputs.source.checkpoint}
+    if inputs.teacher is not None:
+        known["of the teacher"] = load_detector(inputs.teacher).checkpoint
+    names, wanted = inputs.data.names, vars(options)
+    found = [Best(known_map50(known[source], names, wanted), source) for source in known]
+    return max(found, default=NOT_KNOWN)
+
+
 def restore_run(run: Run, state: dict[str, Any]) -> None:
     """Continue from the training part of a checkpoint."""
     run.model.load_state_dict(state["model"])
@@ -715,6 +734,7 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     run.batches = round(state.get("batches", 0) * ratio)
     run.loss_sums = torch.tensor(state.get("loss_sums", ()), device=run.device) * ratio
     run.best_fitness, run.best_epoch = state["best_fitness"], state["best_epoch"]
+    run.best = Best(*state.get("best_map50", run.best))
     run.class_maps = state["class_maps"].numpy()
     run.schedule = dataclasses.replace(run.schedule, factor=state.get("lr_factor", 1.0))
     warn_of_other_data(state.get("data", {}), run.data)
@@ -741,6 +761,7 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
         "data": run.data,
         "best_fitness": run.best_fitness,
         "best_epoch": run.best_epoch,
+        "best_map50": tuple(run.best),
         "class_maps": torch.tensor(run.class_maps),
         "gammas": [dataclasses.asdict(row) for row in run.gammas],
         "torch_rng": torch.get_rng_state(),
@@ -867,7 +888,8 @@ def train_epochs(
             log_epoch(run, results, epoch, losses, result)
             save_epoch(run, epoch, result, is_best, is_last)
             if run.penalty is not None and is_verdict_due(options, epoch, is_last):
-                give_verdict(run, run.penalty, train_loader, val_loader, epoch)
+                history = tell_history(run, result)
+                give_verdict(run, run.penalty, train_loader, val_loader, epoch, history)
         epoch += 1
 
 
@@ -1155,19 +1177,25 @@ def is_verdict_due(options: argparse.Namespace, epoch: int, is_last: bool) -> bo
 
 
 def give_verdict(
-    run: Run, penalty: SparsityPenalty, train_loader: Loader, val_loader: Loader, epoch: int
+    run: Run,
+    penalty: SparsityPenalty,
+    train_loader: Loader,
+    val_loader: Loader,
+    epoch: int,
+    history: History,
 ) -> None:
     """Say how much can go by now; no advice is worth a run."""
     train_loader.set_epoch(epoch)
+    so_far = dataclasses.replace(history, epochs_done=epoch + 1)
     try:
         with torch.random.fork_rng([]):  # a run that is killed here is resumed without it
-            LOGGER.info("%s", judge_network(run, penalty, train_loader, val_loader, epoch))
+            LOGGER.info("%s", judge_network(run, penalty, train_loader, val_loader, so_far))
     except (RuntimeError, ValueError) as error:
         LOGGER.warning("warning: no verdict on the sparse network: %s", error)
 
 
 def judge_network(
-    run: Run, penalty: SparsityPenalty, train_loader: Loader, val_loader: Loader, epoch: int
+    run: Run, penalty: SparsityPenalty, train_loader: Loader, val_loader: Loader, history: History
 ) -> str:
     """Cut the averaged network as prune.py would, and measure it."""
     model = copy.deepcopy(run.ema.model)
@@ -1192,7 +1220,7 @@ def judge_network(
             fused, sample, run.names, device=run.device, single_cls=single_cls, progress=False
         ).map50
 
-    verdict = describe_readiness(measure_readiness(pruner, score), vars(run.options), epoch + 1)
+    verdict = describe_readiness(measure_readiness(pruner, score), history)
     return f"{verdict} (on {sum(len(batch.images) for batch in sample)} validation images)"
 
 
@@ -1231,6 +1259,7 @@ def judge_epoch(run: Run, epoch: int, result: EvaluationResult | None) -> tuple[
         is_best = result.fitness > run.best_fitness
         if is_best:
             run.best_fitness, run.best_epoch = result.fitness, epoch
+        run.best = max(run.best, Best(result.map50, f"in epoch {epoch}"))
     stop = 0 < options.patience <= epoch - run.best_epoch and not options.noval
     if devices.world_size() > 1:
         shared = torch.tensor([float(stop), *run.class_maps], device=run.device)
@@ -1276,9 +1305,20 @@ def checkpoint_content(run: Run, epoch: int, result: EvaluationResult | None) ->
         run.names,
         epoch=epoch,
         fitness=None if result is None else result.fitness,
+        history=tell_history(run, result).as_content(),
         options=options,
         hyp=run.hyp.to_dict(),
         imgsz=run.imgsz,
+    )
+
+
+def tell_history(run: Run, result: EvaluationResult | None) -> History:
+    """What the verdict on the network must know of its training."""
+    return History(
+        vars(run.options),
+        None if result is None else result.map50,
+        run.best,
+        run.penalty is not None and run.penalty.is_released,
     )
 
 

@@ -24,6 +24,7 @@ from utils.profile import Latency, count_gflops, count_parameters
 from utils.profile import compare_latency as real_compare_latency
 from utils.pruning import trials
 from utils.pruning.report import SpeedRow
+from utils.pruning.verdict import Best, History
 
 NAMES = ("disc", "box", "bar")
 CLASSIC = ("--shortcut", "keep", "--importance", "gamma", "--compensate", "none")
@@ -192,6 +193,20 @@ def test_without_images_nothing_about_them_is_said(run, tmp_path):
     assert "re-calibration" not in log
     page = (tmp_path / "runs/exp/report.html").read_text(encoding="utf-8")
     assert "not measured: there was no data set" in page
+
+
+def test_a_network_that_its_sparse_training_has_ruined_is_not_ready(run, seeing, weights, tmp_path):
+    content = torch.load(weights)
+    content["options"] = {"bn_sparsity": True, "sparsity_rate": 0.003, "epochs": 60}
+    content["history"] = History({}, 0.101, Best(0.38, "in epoch 4"), False).as_content()
+    save_checkpoint(weights, content)
+    log = run("--percent", 0.3, *seeing.flags)
+    said = "the sparse training itself has lost 28 points of mAP@.5 (0.101, against 0.380 in epoch"
+    assert f"not ready to prune: {said} 4). Give it a smaller --sparsity_rate (it was 0.003)" in log
+    assert said in read_report(tmp_path)["verdict"]
+    del content["history"]  # a checkpoint of a version before
+    save_checkpoint(weights, content)
+    assert "\nready to prune: " in run("--percent", 0.3, *seeing.flags)
 
 
 def test_the_page_holds_what_the_run_found(run, seeing, tmp_path):

@@ -20,7 +20,15 @@ from utils.pruning.search import (
     why_nothing_goes,
 )
 from utils.pruning.targets import Target
-from utils.pruning.verdict import describe_readiness, measure_readiness
+from utils.pruning.verdict import (
+    Best,
+    History,
+    Readiness,
+    describe_readiness,
+    known_map50,
+    measure_readiness,
+    read_history,
+)
 
 
 def pruner_of(name="upsample and concat", **options):
@@ -192,7 +200,7 @@ def test_the_verdict_follows_what_was_measured(cliff, options, said):
         return 0.7 * (cliff >= 0) * (removed <= cliff)
 
     readiness = measure_readiness(pruner, score)
-    text = describe_readiness(readiness, options)
+    text = describe_readiness(readiness, History(options))
     assert said.replace("\\", "") in text
     assert readiness.is_ready == text.startswith("ready") == (cliff == 0.8)
     assert num_scored <= 6
@@ -201,6 +209,89 @@ def test_the_verdict_follows_what_was_measured(cliff, options, said):
         network = pruner.cut(pruner.select(readiness.percent))
         saved = 1 - count_gflops(network, 64) / count_gflops(pruner.model, 64)
         assert readiness.gflops_saved == pytest.approx(saved)
+
+
+SPARSE = {"bn_sparsity": True, "sparsity_rate": "auto", "sparsity_share": 0.6, "epochs": 60}
+READY = Readiness(0.65, 0.65, 0.7, 0.101, 0.105, 0.01)
+NOT_READY = Readiness(0.1, 0.1, 0.1, 0.9, 0.9, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("readiness", "history", "start", "words"),
+    [
+        pytest.param(
+            READY,
+            History(SPARSE, 0.101, Best(0.38, "of the teacher")),
+            "not ready to prune: the sparse training itself has lost 28 points of mAP@.5 (0.101, "
+            "against 0.380 of the teacher)",
+            "a smaller --sparsity_rate (it was auto), a smaller --sparsity_share (it was 0.6), or "
+            "more epochs",
+            id="ruined",
+        ),
+        pytest.param(
+            dataclasses.replace(READY, map50_before=0.04),
+            History(SPARSE, 0.039, Best(0.38, "in epoch 2"), epochs_done=15),
+            "not ready to prune: the sparse training itself has lost 34 points of mAP@.5 (0.039, "
+            "against 0.380 in epoch 2)",
+            "15 of 60 epochs are done",
+            id="ruined so far",
+        ),
+        pytest.param(
+            READY,
+            History(SPARSE, 0.101, Best(0.15, "in epoch 2")),
+            "ready to prune: ",
+            "; at best 0.150 in epoch 2)",
+            id="within five points",
+        ),
+        pytest.param(
+            READY, History({"epochs": 3}, 0.1, Best(0.9, "in epoch 1")), "ready", "", id="dense"
+        ),
+        pytest.param(READY, History(SPARSE), "ready to prune: ", "", id="nothing known"),
+        pytest.param(
+            NOT_READY,
+            History(SPARSE, is_released=True),
+            "not ready to prune: only 10%",
+            "more epochs would not help: give it a larger --sparsity_share (it was 0.6)",
+            id="let go",
+        ),
+        pytest.param(
+            NOT_READY, History(SPARSE), "not ready", "was too weak or too short", id="too weak"
+        ),
+    ],
+)
+def test_the_verdict_knows_the_training(readiness, history, start, words):
+    text = describe_readiness(readiness, history)
+    assert text.startswith(start)
+    assert words in text
+    assert ("at best" in text) == ("at best" in words)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, [], {}, {"map50": 0.5}, {"map50": "0.5", "best_map50": 0.5}],
+    ids=["older version", "a list", "empty", "half", "text"],
+)
+def test_a_checkpoint_without_a_history_has_none(content):
+    checkpoint = {"options": SPARSE} if content is None else {"options": None, "history": content}
+    options = SPARSE if content is None else {}
+    assert read_history(checkpoint) == History(options)
+
+
+def test_a_history_comes_back_from_a_checkpoint():
+    history = History(SPARSE, 0.3, Best(0.5, "in epoch 3"), is_released=True)
+    for each in (history, dataclasses.replace(history, map50=None)):
+        assert read_history({"options": SPARSE, "history": each.as_content()}) == each
+
+
+def test_map_of_other_data_is_not_compared():
+    options = {"data": "data/cells.yaml", "imgsz": 320, "single_cls": False}
+    history = History(options, 0.4, Best(0.5, "in epoch 3"))
+    checkpoint = {"names": ["a"], "options": options, "history": history.as_content()}
+    assert known_map50(checkpoint, ("a",), options | {"data": "cells.yaml"}) == 0.5
+    assert known_map50(checkpoint, ("b",), options) == 0
+    for other in ({"data": "shapes.yaml"}, {"imgsz": 640}, {"single_cls": True}):
+        assert known_map50(checkpoint, ("a",), options | other) == 0
+    assert known_map50({}, ("a",), options) == 0  # a public file
 
 
 def test_nothing_is_changed_by_looking():

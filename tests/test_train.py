@@ -27,6 +27,7 @@ from utils.loss import DetectionLoss
 from utils.optim import build_optimizer
 from utils.pruning import slimming
 from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorms
+from utils.pruning.verdict import History
 from utils.resume import newest_unfinished
 
 
@@ -419,11 +420,36 @@ def test_a_sparse_run_says_how_much_can_go(base, caplog, monkeypatch):
     assert min(scored) < 0.5 * max(scored)
 
 
+def test_a_sparse_run_that_ruins_what_it_began_with_is_told(base, tmp_path, caplog, monkeypatch):
+    """Measured by its own best epoch and by the starting weights, also when resumed."""
+    real_evaluate, scores = train.evaluate, iter((0.3, 0.7, 0.5, 0.2, 0.6))
+
+    def next_score(network, batches, names, **settings):
+        result = real_evaluate(network, batches, names, **settings)
+        map50 = next(scores) if "loss_fn" in settings else 0.5
+        return dataclasses.replace(result, map50=map50)
+
+    monkeypatch.setattr(train, "evaluate", next_score)
+    runs = tmp_path / "runs"
+    train.main([*base, "--epochs", "2", "--name", "dense"])
+    dense = runs / "dense/weights/last.pt"
+    sparse = [*base, "--bn_sparsity", "--epochs", "3", "--weights", str(dense), "--name", "sparse"]
+    with caplog.at_level("INFO"):
+        train_until(monkeypatch, 1, sparse)
+        train.main(["--resume", str(runs / "sparse/weights/last.pt")])
+    lost = [line.split("lost ")[1] for line in caplog.messages if "has lost" in line]
+    start = "points of mAP@.5 (0.{}00, against 0.700 of the starting weights). "
+    assert lost[0].startswith("20 " + start.format(5) + "1 of 3 epochs are done")
+    assert lost[1].startswith("10 " + start.format(6) + "Give it a smaller --sparsity_rate (it was")
+    kept = load_checkpoint(runs / "dense/weights/last.pt")["history"]
+    assert (kept["map50"], kept["best_map50"], kept["best_source"]) == (0.7, 0.7, "in epoch 1")
+
+
 def test_the_verdict_leaves_no_trace_in_the_random_state(monkeypatch):
     """A run that is killed after saving an epoch, before its verdict, is resumed without it."""
     monkeypatch.setattr(train, "judge_network", lambda *_: str(torch.rand(3)))
     before = torch.get_rng_state()
-    train.give_verdict(None, None, SimpleNamespace(set_epoch=lambda _: None), None, 3)
+    train.give_verdict(None, None, SimpleNamespace(set_epoch=lambda _: None), None, 3, History({}))
     assert torch.equal(torch.get_rng_state(), before)
 
 

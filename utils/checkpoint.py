@@ -8,6 +8,7 @@ A checkpoint is one dict:
     training            absent in final files; else all that a resumed run needs (see train.py)
     epoch, fitness, options, hyp
                         where the weights come from; fitness as measured after this epoch
+    history             mAP@.5 of the weights and the best that is known (pruning/verdict.py)
 Final files hold floating-point tensors in half precision.
 """
 
