@@ -7,7 +7,9 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import yaml
 
+import prune
 from utils.checkpoint import load_detector
 from utils.public_weights import read_public_weights
 
@@ -22,6 +24,25 @@ def test_real_checkpoints(shared_dir, file, num_classes, first_name):
     assert detector.names[0] == first_name
     assert detector.model.spec.anchors[0] == (10, 13, 16, 30, 33, 23)
     assert all(p.dtype == torch.float32 for p in detector.model.parameters())
+
+
+@pytest.mark.slow
+def test_a_public_network_is_not_ready_to_be_pruned(shared_dir, tmp_path, caplog, monkeypatch):
+    """It finds what there is, has never been trained to be sparse, and has little to spare."""
+    images = sorted((shared_dir / "data/coco128/images/train2017").glob("*.jpg"))[:12]
+    (tmp_path / "some.txt").write_text("\n".join(map(str, images)))
+    spec = yaml.safe_load((shared_dir / "data/coco128/coco128.yaml").read_text())
+    spec = {"train": "some.txt", "val": "some.txt", "names": spec["names"], "path": str(tmp_path)}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(spec))
+    monkeypatch.setattr(prune, "LATENCY_SECONDS", 0)
+    weights, data = shared_dir / "weights/yolov5n.pt", tmp_path / "a.yaml"
+    flags = ["--weights", str(weights), "--data", str(data), "--percent", "0.3", "--dry-run"]
+    flags += ["--img", "256", "--calibration-images", "12", "--recalibrate", "0", "--workers", "0"]
+    with caplog.at_level("INFO"):
+        prune.main([*flags, "--latency-batch", "1"])
+    (said,) = [line for line in caplog.messages if "ready to prune" in line]
+    assert said.startswith("\nnot ready to prune: only ")
+    assert said.endswith("train.py --bn_sparsity --sparsity_rate auto comes first")
 
 
 def rewrite_pickle(source, target, change):
