@@ -67,10 +67,12 @@ from utils.pruning.report import (
     Pictures,
     Report,
     SpeedRow,
+    SweepReport,
     comparison_rows,
     describe_speed,
     format_layers,
     write_report,
+    write_sweep_report,
 )
 from utils.pruning.rewrite import CUT_TOLERANCE, check_cut, mask_model, prune_model
 from utils.pruning.search import (
@@ -172,9 +174,12 @@ def prune(
 
     training = read_history(detector.checkpoint)
     readiness = judge(pruner, training, trials)
+    verdict = "" if readiness is None else describe_readiness(readiness, training)
     sweep = run_sweep(options, pruner, trials, clock, run_dir)
     percent = choose_percent(options, pruner, trials, clock, sweep)
     if percent is None:
+        if run_dir is not None:
+            save_sweep_report(run_dir, options, sweep, verdict, warnings)
         return
     cut = make_cut(options, pruner, percent)
     if trials is None:
@@ -189,7 +194,7 @@ def prune(
     if run_dir is None:
         return
     report = Report(
-        command=shlex.join(["python", "prune.py", *sys.argv[1:]]),
+        command=tell_command(),
         weights=str(options.weights),
         data=str(options.data),
         imgsz=imgsz,
@@ -215,13 +220,18 @@ def prune(
         classes=class_rows(compared),
         sweep=sweep,
         knee=find_knee(sweep),
-        verdict="" if readiness is None else describe_readiness(readiness, training),
+        verdict=verdict,
         readiness=None if readiness is None else dataclasses.asdict(readiness),
         warnings=tuple(warnings),
     )
     pictures = draw_pictures(run_dir, pruner, cut, compared, report)
     save_results(run_dir, options, percent, compared.slim, detector)
     save_report(run_dir, report, pictures)
+
+
+def tell_command() -> str:
+    """What was typed."""
+    return shlex.join(["python", "prune.py", *sys.argv[1:]])
 
 
 def describe_target(options: argparse.Namespace) -> str:
@@ -471,16 +481,20 @@ def choose_knee(sweep: Sequence[SweepRow]) -> float | None:
     if knee is not None and sweep[knee].removed:
         LOGGER.info("the network at the knee, --percent %g, is saved", sweep[knee].percent)
         return sweep[knee].percent
-    if sweep[0].map50 is None:
-        reason = "without mAP there is no knee (give --data)"
-    elif knee is None:
-        reason = "the network detects nothing that could be lost"
-    else:
-        reason = "every percent costs more than a point of mAP@.5"
     LOGGER.warning(
-        "warning: no network of the sweep is saved: %s; choose one with --percent", reason
+        "warning: no network of the sweep is saved: %s; choose one with --percent",
+        why_no_knee(sweep),
     )
     return None
+
+
+def why_no_knee(sweep: Sequence[SweepRow]) -> str:
+    """What keeps a sweep from having a network that is worth saving."""
+    if sweep[0].map50 is None:
+        return "without mAP there is no knee (give --data)"
+    if find_knee(sweep) is None:
+        return "the network detects nothing that could be lost"
+    return "every percent costs more than a point of mAP@.5"
 
 
 def search_drop(options: argparse.Namespace, pruner: Pruner, trials: Trials) -> float:
@@ -826,6 +840,26 @@ def save_report(run_dir: Path, report: Report, pictures: Pictures) -> None:
         "fine-tune it: python train.py --ft_pruned_model --hyp hyp.finetune_slim.yaml --weights %s",
         run_dir / "pruned_model.pt",
     )
+
+
+def save_sweep_report(
+    run_dir: Path,
+    options: argparse.Namespace,
+    sweep: tuple[SweepRow, ...],
+    verdict: str,
+    warnings: Sequence[str],
+) -> None:
+    """The page of a sweep after which there is no network to report on."""
+    settings = (
+        ("command", tell_command()),
+        ("weights", str(options.weights)),
+        ("data", str(options.data) or "none"),
+        ("imgsz", f"{options.imgsz} px"),
+    )
+    reason = f"{why_no_knee(sweep)}; choose one with --percent"
+    report = SweepReport(str(options.weights), reason, sweep, verdict, tuple(warnings), settings)
+    write_sweep_report(run_dir / "report.html", report, run_dir / "sweep.png")
+    LOGGER.info("saved %s", run_dir / "report.html")
 
 
 def format_spec(spec: ModelSpec, comment: str) -> str:

@@ -525,7 +525,11 @@ class TestSweep:
         seeing.found = found
         log = run("--percent", 0.2, 0.4, *(seeing.flags if found else ()))
         files = {file.name for file in (tmp_path / "runs/exp").iterdir()}
-        assert files == {"sweep.csv", "sweep.png", "opt.yaml"}
+        assert files == {"sweep.csv", "sweep.png", "opt.yaml", "report.html"}
+        page = (tmp_path / "runs/exp/report.html").read_text(encoding="utf-8")
+        assert f"No network is saved: {reason}; choose one with --percent." in page
+        assert "<td>20.0%</td>" in page
+        assert ("ready to prune: " in page) == (found is not None)
         assert f"no network of the sweep is saved: {reason}; choose one with --percent" in log
         assert "sweep.csv" in log
 

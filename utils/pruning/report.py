@@ -113,6 +113,18 @@ class Report:
         return _to_plain(dataclasses.asdict(self))
 
 
+@dataclasses.dataclass(frozen=True)
+class SweepReport:
+    """What a sweep found after which no network was saved."""
+
+    weights: str
+    reason: str  # why nothing was saved
+    sweep: tuple[SweepRow, ...]
+    verdict: str
+    warnings: tuple[str, ...]
+    settings: tuple[tuple[str, str], ...]  # name, value
+
+
 def _to_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _to_plain(item) for key, item in value.items()}
@@ -353,19 +365,35 @@ def write_report(path: str | Path, report: Report, pictures: Pictures) -> None:
     write_text_atomic(path, format_page(report, pictures))
 
 
+def write_sweep_report(path: str | Path, report: SweepReport, picture: Path) -> None:
+    """The same for a sweep after which no network was saved."""
+    head = f"No network is saved: {report.reason}."
+    sections = [
+        f'<p class="headline">{_escape(head)}</p>\n',
+        _remarks(report.verdict, report.warnings),
+        _sweep_section(report.sweep, None, picture),
+        _section("Settings", _table((), report.settings, style="words")),
+    ]
+    write_text_atomic(path, _fill_page(report.weights, sections))
+
+
 def format_page(report: Report, pictures: Pictures) -> str:
     """The page as html."""
     sections = [
         _headline_section(report),
         _comparison_section(report),
         _class_section(report.classes),
-        _sweep_section(report, pictures.sweep),
+        _sweep_section(report.sweep, report.knee, pictures.sweep),
         _detection_section(pictures.detections),
         _layer_section(report.layers, pictures.layers),
         _gamma_section(pictures.gamma),
         _settings_section(report),
     ]
-    title = f"Pruning report: {Path(report.weights).name}"
+    return _fill_page(report.weights, sections)
+
+
+def _fill_page(weights: str, sections: Sequence[str]) -> str:
+    title = f"Pruning report: {Path(weights).name}"
     return _PAGE.substitute(title=_escape(title), style=_STYLE, body="".join(sections))
 
 
@@ -390,13 +418,18 @@ def _headline_section(report: Report) -> str:
     parts = [
         f'<p class="headline">{_escape(headline(report)).replace(" %", "&nbsp;%")}</p>\n',
         f'<ul class="tiles">\n{items}</ul>\n',
+        _remarks(report.verdict, report.warnings),
     ]
-    if report.verdict:
-        parts.append(f"<p>{_escape(report.verdict)}</p>\n")
-    if report.warnings:
-        warnings = "".join(f"<li>{_escape(line)}</li>\n" for line in report.warnings)
-        parts.append(f'<div class="warnings" role="note"><ul>\n{warnings}</ul></div>\n')
     return "".join(parts)
+
+
+def _remarks(verdict: str, warnings: Sequence[str]) -> str:
+    """The verdict, and what was warned of."""
+    text = f"<p>{_escape(verdict)}</p>\n" if verdict else ""
+    if warnings:
+        lines = "".join(f"<li>{_escape(line)}</li>\n" for line in warnings)
+        text += f'<div class="warnings" role="note"><ul>\n{lines}</ul></div>\n'
+    return text
 
 
 def _comparison_section(report: Report) -> str:
@@ -440,19 +473,19 @@ def _class_section(classes: Sequence[ClassRow]) -> str:
     return _section("Classes", table)
 
 
-def _sweep_section(report: Report, picture: Path | None) -> str:
-    if not report.sweep:
+def _sweep_section(sweep: Sequence[SweepRow], knee: int | None, picture: Path | None) -> str:
+    if not sweep:
         return ""
-    words = f"Measured right after pruning, before fine-tuning. {_describe_knee(report)}"
-    table = _table(SWEEP_TITLES, sweep_cells(report.sweep), marked=report.knee)
+    words = f"Measured right after pruning, before fine-tuning. {_describe_knee(sweep, knee)}"
+    table = _table(SWEEP_TITLES, sweep_cells(sweep), marked=knee)
     return _section("Sweep", f"<p>{_escape(words)}</p>\n{table}{_figure('', picture, 'sweep')}")
 
 
-def _describe_knee(report: Report) -> str:
-    if report.knee is None:
-        return ""
-    percent = report.sweep[report.knee].percent
-    if percent == min(row.percent for row in report.sweep):
+def _describe_knee(sweep: Sequence[SweepRow], knee: int | None) -> str:
+    if knee is None:
+        return "No knee is marked."
+    percent = sweep[knee].percent
+    if percent == min(row.percent for row in sweep):
         return "No percent of the sweep is without a clear loss of mAP@.5."
     return f"The knee (marked), beyond which mAP@.5 falls, is at {100 * percent:.3g} %."
 
