@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -457,3 +459,19 @@ def test_workers_end_with_the_program_though_an_error_holds_their_loader(split):
     (worker,) = loader._iterator._workers
     del loader
     assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_sockets_of_workers_need_a_short_folder(split, tmp_path, monkeypatch, extra):
+    """Beyond the limit torch waits for ever for batches that its workers could not send."""
+    with tempfile.TemporaryDirectory() as short:
+        folder = Path(short) / ("x" * (loaders.LONGEST_TEMPDIR + extra - len(short) - 1))
+        folder.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
+        if extra:
+            with pytest.raises(ValueError, match="set TMPDIR to one of up to 75 bytes"):
+                build_loader(DetectionDataset(split, 64), 1, workers=1)
+        else:
+            loader = build_loader(DetectionDataset(split, 64), 1, workers=1)
+            assert len(list(loader)) == len(split)

@@ -13,8 +13,10 @@ import atexit
 import itertools
 import logging
 import math
+import os
 import signal
 import sys
+import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +77,8 @@ Problems = dict[int, str]  # by index: what is wrong with an image that is shown
 
 NUM_PROBES = 16  # images looked at to tell one lost image from a lost drive
 
+# Sockets in it have names of up to 107 bytes. Beyond, workers lose every batch and are waited for.
+LONGEST_TEMPDIR = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
 WORKER_GRACE = 300  # seconds that a worker lives on after SIGTERM: longer than a step may take
 
 RECT_PAD = 0.5  # of rectangular evaluation batches, in strides
@@ -594,13 +598,19 @@ def build_loader(
         pin_memory: page-locked batches; None means where CUDA is available.
 
     Raises:
-        ValueError: the arguments do not fit together.
+        ValueError: the arguments do not fit together, or workers could not send what they load.
     """
     if batch_size < 1 or workers < 0 or seed < 0:
         raise ValueError(f"batch size {batch_size}, workers {workers} or seed {seed} is too small")
     if dataset.rect and batch_size != dataset.batch_size:
         raise ValueError(
             f"rectangular batches were made for batch size {dataset.batch_size}, not {batch_size}"
+        )
+    if workers and len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPDIR:
+        raise ValueError(
+            f"{tempfile.gettempdir()}: the name of the folder for temporary files is too long for "
+            f"the sockets of loader processes; set TMPDIR to one of up to {LONGEST_TEMPDIR} "
+            "bytes, or give --workers 0"
         )
     sampler = EpochBatchSampler(
         dataset,
