@@ -25,13 +25,14 @@ import copy
 import dataclasses
 import logging
 import math
+import platform
 import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ from tqdm import tqdm
 
 from models import Model, ModelSpec
 from utils import device as devices
+from utils import ranks
 from utils.anchors import check_anchors, fit_anchors
 from utils.batch_size import CPU_BATCH, candidate_sizes, find_largest_fitting
 from utils.checkpoint import (
@@ -55,6 +57,7 @@ from utils.checkpoint import (
     transfer_weights,
 )
 from utils.choices import AUTO_BATCH, DEFAULT_IMPORTANCE
+from utils.claim import claim, release
 from utils.command import describe_os_error, run_command
 from utils.config import (
     DatasetSpec,
@@ -84,7 +87,7 @@ from utils.distill import (
     have_same_anchors,
 )
 from utils.downloads import find_weights, open_dataset
-from utils.evaluate import EvaluationResult, evaluate
+from utils.evaluate import EvaluationResult, Tally, evaluate
 from utils.evolve import Score, evolve, keep_options
 from utils.finite import (
     NotFinite,
@@ -94,6 +97,7 @@ from utils.finite import (
     first_not_finite,
     save_for_a_look,
 )
+from utils.launch import launch
 from utils.loss import DetectionLoss, LossSettings
 from utils.metrics import fitness
 from utils.optim import (
@@ -150,32 +154,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one training from its options to its final files."""
     options, given = parse_args(argv, __doc__)
     start_logging()
-    if options.evolve:
+    if options.evolve and devices.world_size() == 1:
         return search_hyperparameters(options, given, sys.argv[1:] if argv is None else argv)
-    resumed = find_resumed(options, given, ROOT)
-    options = resumed.options if resumed else options
-    device = devices.select_device(options.device)
-    if len(gpu_indices(options.device)) > devices.world_size() == 1:
-        find_inputs(options, resumed)  # complain, or download, once and before the others start
-        return launch_processes(options, argv)
-    join_processes(options, device)
+    with ranks.connected():
+        resumed = ranks.from_first(lambda: find_resumed(options, given, ROOT))
+        options = resumed.options if resumed else options
+        device = devices.select_device(options.device)
+        if len(gpu_indices(options.device)) > devices.world_size() == 1:
+            return launch_processes(options, resumed, argv)
+        return run_training(options, resumed, device)
+
+
+def run_training(
+    options: argparse.Namespace, resumed: Resumed | None, device: torch.device
+) -> None:
+    """One training, of this process or of all that are connected."""
+    check_processes(options, device)
     devices.seed_everything(options.seed + devices.rank())
     devices.forbid_chance(device, options.deterministic)
-
-    inputs = find_inputs(options, resumed)
+    inputs = ranks.from_first(lambda: find_inputs(options, resumed))
     precision = devices.select_precision(options.amp, device)
     model = build_network(inputs, options)
     teacher = load_teacher(inputs, options, model)
     frozen_norms = freeze_rows(model, options)
     imgsz = round_imgsz(options.imgsz, model.max_stride)
-    train_split, val_split = scan_splits(inputs.data, options)
+    train_split, val_split = ranks.from_first(lambda: scan_splits(inputs.data, options))
+    check_images_are_here(train_split, val_split)
     if not resumed:
         choose_anchors(model, inputs, train_split, imgsz, options)
     if options.batch_size == AUTO_BATCH:
         options.batch_size = choose_batch_size(
             options, inputs, model, teacher, imgsz, device, precision
         )
-    run_dir = resumed.run_dir if resumed else open_run_dir(options, inputs.hyp)
+    run_dir = ranks.from_first(lambda: open_run_dir(options, inputs.hyp, resumed))
     train_loader, val_loader = build_loaders(
         options, inputs.hyp, train_split, val_split, imgsz, model.max_stride
     )
@@ -193,9 +204,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_epochs(run, train_loader, val_loader, results)
         if results is not None:
             finish(run, time.perf_counter() - started)
-    if devices.world_size() > 1:
-        torch.distributed.destroy_process_group()
-    return None
 
 
 def start_logging() -> None:
@@ -330,39 +338,52 @@ def find_teacher(options: argparse.Namespace, resumed: Resumed | None) -> Path |
 
 
 def load_data(options: argparse.Namespace) -> DatasetSpec:
-    """The data set, fetched if need be by the first process."""
-    if devices.rank() != 0:
-        wait_for_all()
+    """The data set, fetched if need be."""
     data = open_dataset(options.data, allow_scripts=options.allow_download_scripts)
-    if devices.rank() == 0:
-        wait_for_all()
     return dataclasses.replace(data, names=("object",)) if options.single_cls else data
 
 
-def launch_processes(options: argparse.Namespace, argv: Sequence[str] | None) -> None:
+def launch_processes(
+    options: argparse.Namespace, resumed: Resumed | None, argv: Sequence[str] | None
+) -> None:
     """Start one process for each GPU of `--device 0,1` and wait for them."""
     count = len(gpu_indices(options.device))
     check_share(options, count)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(count), str(Path(__file__))]
-    code = subprocess.call([*command, *(sys.argv[1:] if argv is None else argv)])
+    find_inputs(options, resumed)  # complain, or download, before the others start
+    if resumed:
+        release(resumed.run_dir)
+    words = sys.argv[1:] if argv is None else argv
+    code = launch([sys.executable, str(Path(__file__)), *words], count)
     if code:
         raise SystemExit(code)
 
 
-def join_processes(options: argparse.Namespace, device: torch.device) -> None:
-    """Connect the processes, if there are several."""
-    if devices.world_size() > 1:
-        check_share(options, devices.world_size())
-        if options.on_nan == "recover":
-            raise ValueError("--on-nan recover works in one process only, not in several")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+def check_processes(options: argparse.Namespace, device: torch.device) -> None:
+    """Stop where several processes cannot do what was asked for."""
+    count = devices.world_size()
+    if count == 1:
+        return
+    check_share(options, count)
+    if options.evolve:
+        raise ValueError("--evolve works in one process, which starts trainings; see --device 0,1")
+    if options.on_nan == "recover":
+        raise ValueError("--on-nan recover works in one process only, not in several")
+    if options.sync_bn and device.type != "cuda":
+        raise ValueError(f"--sync-bn needs CUDA GPUs, not {device.type}; leave it out")
+    if device.type == "cuda":
+        num_gpus = len(gpu_indices(options.device)) or torch.cuda.device_count()
+        if devices.local_world_size() > num_gpus:
+            raise ValueError(
+                f"{devices.local_world_size()} processes for {num_gpus} GPUs; start as many as "
+                "there are GPUs (--nproc_per_node)"
+            )
+        torch.cuda.set_device(device)
 
 
 def check_share(options: argparse.Namespace, count: int) -> None:
     """Stop if the batch cannot be shared out evenly."""
+    if options.batch_size == AUTO_BATCH:
+        raise ValueError("--batch-size -1 finds what fits on one GPU; give a number for several")
     if options.batch_size % count:
         raise ValueError(
             f"--batch-size {options.batch_size} cannot be shared evenly by {count} processes"
@@ -378,6 +399,8 @@ def build_network(inputs: Inputs, options: argparse.Namespace) -> Model:
             options.cfg and not options.ft_pruned_model
         )
         transfer_weights(model, inputs.source.model.state_dict(), keep_anchors=own_anchors)
+    if options.sync_bn and devices.world_size() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if model.spec.is_pruned:
         LOGGER.info(
             "slim network: %d channels, %s parameters; %d channels in the dense one",
@@ -395,7 +418,7 @@ def load_teacher(inputs: Inputs, options: argparse.Namespace, model: Model) -> M
     """
     if inputs.teacher is None:
         return None
-    teacher, names, _ = load_detector(inputs.teacher)
+    teacher, names, _ = ranks.from_first(lambda: load_detector(inputs.teacher))
     check_teacher(teacher, names, model, inputs.data.names, f"--teacher {options.teacher}")
     LOGGER.info(
         "teacher: %s, %s parameters; gain %g",
@@ -412,21 +435,32 @@ def freeze_rows(model: Model, options: argparse.Namespace) -> list[nn.Module]:
 
 
 def scan_splits(data: DatasetSpec, options: argparse.Namespace) -> tuple[Split, Split]:
-    """Find and check images and labels of both splits; rank 0 first, as it writes the cache."""
-    splits = []
-    for turn in (0, 1):
-        if (devices.rank() == 0) == (turn == 0):
-            for sources in (data.train, data.val):
-                splits.append(scan_split(sources, data.names, single_cls=options.single_cls))
-        wait_for_all()
-    return splits[0], splits[1]
+    """Find and check images and labels of both splits."""
+    train_split, val_split = (
+        scan_split(sources, data.names, single_cls=options.single_cls)
+        for sources in (data.train, data.val)
+    )
+    return train_split, val_split
 
 
-def open_run_dir(options: argparse.Namespace, hyp: Hyperparameters) -> Path:
+def check_images_are_here(*splits: Split) -> None:
+    """Stop on a machine that does not have what the first process has found on its own."""
+    for path in (split.paths[0] for split in splits):
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"{path}: not on {platform.node()}; all machines must have the images under the "
+                "same path"
+            )
+
+
+def open_run_dir(
+    options: argparse.Namespace, hyp: Hyperparameters, resumed: Resumed | None
+) -> Path:
     """A new folder for results, with the options and hyperparameters of this run in it."""
-    if devices.rank() != 0:
-        return Path()  # only the first process writes
+    if resumed:
+        return resumed.run_dir
     run_dir = new_run_dir(options.project, options.name, options.exist_ok)
+    claim(run_dir, ranks.job())
     (run_dir / "weights").mkdir(exist_ok=True)
     save_options(run_dir / "opt.yaml", vars(options))
     save_options(run_dir / "hyp.yaml", hyp.to_dict())
@@ -453,42 +487,24 @@ def build_loaders(
     imgsz: int,
     stride: int,
 ) -> tuple[Loader, Loader]:
-    """Augmented training batches of this process, and plain validation batches."""
+    """Augmented training batches and plain validation batches, of each the part of this process."""
     share = options.batch_size // devices.world_size()
+    place = {"rank": devices.rank(), "world_size": devices.world_size()}
     device = devices.select_device(options.device)
     workers = devices.count_loader_processes(options.workers, device)
-    train_set = DetectionDataset(
-        train_split,
-        imgsz,
-        hyp=hyp,
-        rect=options.rect,
-        batch_size=share,
-        stride=stride,
-        pad=0.0,
-        cache=options.cache,
-        seed=options.seed,
-    )
-    val_set = DetectionDataset(
-        val_split,
-        imgsz,
-        hyp=None,
-        rect=True,
-        batch_size=share * 2,
-        stride=stride,
-        pad=RECT_PAD,
-        cache=options.cache,
-        seed=options.seed,
-    )
+    sizes = {"imgsz": imgsz, "stride": stride, "cache": options.cache, "seed": options.seed}
+    # A cache on a disk is written once.
+    with ranks.in_turn() if options.cache == "disk" else nullcontext():
+        train_set = DetectionDataset(
+            train_split, hyp=hyp, rect=options.rect, batch_size=options.batch_size, **sizes
+        )
+        val_set = DetectionDataset(
+            val_split, rect=True, batch_size=options.batch_size * 2, pad=RECT_PAD, **sizes
+        )
     train_loader = build_loader(
-        train_set,
-        share,
-        workers=workers,
-        shuffle=True,
-        seed=options.seed,
-        rank=devices.rank(),
-        world_size=devices.world_size(),
+        train_set, share, workers=workers, shuffle=True, seed=options.seed, **place
     )
-    val_loader = build_loader(val_set, share * 2, workers=workers, shuffle=False, seed=0)
+    val_loader = build_loader(val_set, share * 2, workers=workers, shuffle=False, seed=0, **place)
     return train_loader, val_loader
 
 
@@ -536,7 +552,7 @@ class Run:
     teacher: Model | None = None
     distillation: DistillationLoss | None = None  # there if the teacher is
     data: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # to see changes
-    stop: StopRequest = dataclasses.field(default_factory=StopRequest)
+    stop: StopRequest = dataclasses.field(default_factory=lambda: StopRequest(devices.rank() > 0))
     is_resumed: bool = False
     batches: int = 0  # of the current epoch, that the network has learnt from
     loss_sums: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0))  # over these
@@ -637,7 +653,7 @@ def build_run(
         device=device,
         precision=precision,
         dir=run_dir,
-        loss=DetectionLoss(model.head.anchors, loss_settings(hyp, model, imgsz)),
+        loss=DetectionLoss(model.head.anchors, loss_settings(hyp, model, imgsz), ranks.add_up),
         optimizer=optimizer,
         schedule=schedule,
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
@@ -703,7 +719,9 @@ def add_teacher(run: Run, teacher: Model | None) -> None:
     run.teacher = teacher.to(run.device, memory_format=torch.channels_last)
     labels, gain = loss_settings(run.hyp, run.model, run.imgsz), run.options.distill_gain
     gains = DistillationGains(box=gain * labels.box, obj=gain * labels.obj, cls=gain * labels.cls)
-    run.distillation = DistillationLoss(run.model.head.anchors, teacher.head.anchors, gains)
+    run.distillation = DistillationLoss(
+        run.model.head.anchors, teacher.head.anchors, gains, ranks.add_up
+    )
 
 
 def find_best(inputs: Inputs, options: argparse.Namespace) -> Best:
@@ -719,7 +737,8 @@ def find_best(inputs: Inputs, options: argparse.Namespace) -> Best:
 def restore_run(run: Run, state: dict[str, Any]) -> None:
     """Continue from the training part of a checkpoint."""
     run.model.load_state_dict(state["model"])
-    run.loss = DetectionLoss(run.model.head.anchors, run.loss.settings)  # it keeps a copy of them
+    # It keeps a copy of the anchors.
+    run.loss = DetectionLoss(run.model.head.anchors, run.loss.settings, ranks.add_up)
     run.ema.load_state_dict(state["ema"])
     is_fused = [group["fused"] for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(state["optimizer"])
@@ -733,6 +752,8 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     ratio = state.get("batch_size", run.options.batch_size) / run.options.batch_size
     run.batches = round(state.get("batches", 0) * ratio)
     run.loss_sums = torch.tensor(state.get("loss_sums", ()), device=run.device) * ratio
+    if devices.rank() != 0:
+        run.loss_sums.zero_()  # what is saved is the sum over all processes
     run.best_fitness, run.best_epoch = state["best_fitness"], state["best_epoch"]
     run.best = Best(*state.get("best_map50", run.best))
     run.class_maps = state["class_maps"].numpy()
@@ -778,8 +799,6 @@ def choose_batch_size(
     precision: torch.dtype,
 ) -> int:
     """For `--batch-size -1`: what fits on a GPU, at most the images that a step sums up anyway."""
-    if devices.world_size() > 1:
-        raise ValueError("--batch-size -1 finds what fits on one GPU; give a number for several")
     if device.type != "cuda":
         size = min(CPU_BATCH, options.nominal_batch)
         LOGGER.info("--batch-size -1: %d, as this device is not short of memory", size)
@@ -827,7 +846,7 @@ def blank_images(run: Run, number: int, side: int) -> Tensor:
 def advise_batch_size(run: Run, error: torch.OutOfMemoryError) -> str:
     """What happened, and the batch size that would fit; tries it out on the network, which ends."""
     traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
-    run.network = run.model  # a trial must not wait for other processes
+    go_alone(run)
     run.optimizer.zero_grad(set_to_none=True)
     devices.free_memory(run.device)
     options, count = run.options, devices.world_size()
@@ -842,6 +861,12 @@ def advise_batch_size(run: Run, error: torch.OutOfMemoryError) -> str:
     return f"out of memory with {given}; {again if has_last else f'--batch-size {fits}'} fits"
 
 
+def go_alone(run: Run) -> None:
+    """From here on this process must not wait for others: they may be elsewhere, until it ends."""
+    run.network = run.model
+    ranks.go_alone()
+
+
 @contextmanager
 def saying_how_to_go_on(run: Run) -> Iterator[None]:
     """A full disk or a share that has gone ends the run, but costs little of it; so does memory."""
@@ -849,6 +874,13 @@ def saying_how_to_go_on(run: Run) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise MemoryError(advise_batch_size(run, error)) from None
+    except RuntimeError as error:
+        if not ranks.is_lost_connection(error):
+            raise
+        reason = ranks.describe_lost_connection(error)
+        raise ConnectionError(
+            f"{reason}; python train.py --resume {run.dir} goes on from what was saved last"
+        ) from None
     except OSError as error:
         reason, last = describe_os_error(error), run.dir / "weights/last.pt"
         if devices.rank() != 0 or not last.is_file():
@@ -875,6 +907,7 @@ def train_epochs(
             result = validate(run, val_loader, epoch)
         except Stopped:
             save_position(run, epoch)
+            ranks.wait_for_all()
             raise SystemExit(say_goodbye(run, epoch, len(train_loader))) from None
         except FloatingPointError as error:
             go_back(run, explain_not_finite(run, error, epoch))
@@ -906,6 +939,7 @@ def let_go(run: Run, penalty: SparsityPenalty, epoch: int) -> None:
 
 def explain_not_finite(run: Run, error: FloatingPointError, epoch: int) -> str:
     """What is not finite and where it began; the batch is saved for a look."""
+    go_alone(run)
     reasons = [str(error)]
     if isinstance(error, NotFinite):
         if devices.rank() == 0:
@@ -984,12 +1018,13 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
         # A GPU works on while nothing is read from it; what it did is looked at now and then.
         looks = run.device.type == "cpu" or index % PROGRESS_BATCHES == 0 or is_last
         images = to_device(run, batch, epoch, index)
-        loss, parts = compute_loss(run, images, batch.targets)
+        loss, parts = compute_loss(run, images, batch.targets, is_extra=batch.is_extra)
         unread.append(Reading("the loss", loss.detach(), batch, index))
         if looks:
             check_finite(unread, epoch)
-            is_stopping = devices.is_true_anywhere(run.stop.signal is not None, run.device)
-        # Processes average their gradients; the loss is a sum over the whole batch.
+            is_asked = run.stop.signal is not None or ranks.is_orphan()
+            is_stopping = ranks.is_true_anywhere(is_asked, run.device)
+        # Processes average their gradients; the loss is their sum.
         run.scaler.scale(loss * devices.world_size()).backward()
         run.loss_sums += parts
         pending += 1
@@ -1003,13 +1038,14 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
             optimizer_step(run, epoch, norm)
             pending, run.batches = 0, index + 1
         if index % PROGRESS_BATCHES == 0 or is_last:
-            show_progress(bar, run, run.loss_sums / (index + 1), settings.lr)
+            means = run.loss_sums * devices.world_size() / (index + 1)
+            show_progress(bar, run, means, settings.lr)
         draw_data(run, loader, batch, epoch, index)
         if is_stopping and not pending:
             check_finite(unread, epoch)
             raise Stopped
     check_weights(run, epoch)
-    return devices.mean_over_ranks((run.loss_sums / max(len(loader), 1)).tolist(), run.device)
+    return (ranks.add_up(run.loss_sums) / max(len(loader), 1)).tolist()
 
 
 def begin_epoch(run: Run, loader: Loader, epoch: int) -> None:
@@ -1058,17 +1094,23 @@ def to_device(run: Run, batch: Batch, epoch: int, index: int) -> Tensor:
     return images
 
 
-def compute_loss(run: Run, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of a batch to minimise (scalar), and its parts in the order of `run.loss_names`."""
+def compute_loss(
+    run: Run, images: Tensor, targets: Tensor, *, is_extra: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch to minimise (scalar), and its parts in the order of `run.loss_names`.
+
+    Of several processes each gets its share; one whose images are extra gets 0.
+    """
+    weight = 0.0 if is_extra else 1.0
     mixed = run.precision != torch.float32
     with torch.autocast(run.device.type, run.precision, enabled=mixed):
         logits = run.network(images)
-    loss, parts = run.loss(logits, targets)
+    loss, parts = run.loss(logits, targets, weight)
     if run.teacher is None or run.distillation is None:
         return loss, parts
     with torch.no_grad(), torch.autocast(run.device.type, run.precision, enabled=mixed):
         _, wanted = run.teacher(images)
-    distillation, terms = run.distillation(logits, wanted)
+    distillation, terms = run.distillation(logits, wanted, weight)
     return loss + distillation, torch.cat((parts, terms.sum(0, keepdim=True)))
 
 
@@ -1110,17 +1152,33 @@ def show_progress(bar: tqdm, run: Run, means: Tensor, lr: float) -> None:
 
 
 def validate(run: Run, loader: Loader, epoch: int) -> EvaluationResult | None:
-    """Measure the averaged weights; None where `--noval` says so, and beside the first process."""
-    if devices.rank() != 0 or (run.options.noval and epoch < run.options.epochs - 1):
+    """Measure the averaged weights; None where `--noval` says so, and beside the first process.
+
+    Raises:
+        Stopped: the program was asked to end.
+    """
+    if run.options.noval and epoch < run.options.epochs - 1:
         return None
-    return evaluate(
+    # Statistics of batch norms are those of the images that a process has seen.
+    ranks.take_from_first(list(run.ema.model.buffers()))
+
+    def gather_unless_stopped(tally: Tally) -> list[Tally]:
+        if ranks.is_true_anywhere(run.stop.signal is not None, run.device):
+            raise Stopped
+        return ranks.gather(tally)
+
+    is_first = devices.rank() == 0
+    result = evaluate(
         copy.deepcopy(run.ema.model).fuse(),
         run.stop.watch(loader),
         run.names,
         device=run.device,
         single_cls=run.options.single_cls,
         loss_fn=run.loss,
+        progress=is_first,
+        gather=gather_unless_stopped,
     )
+    return result if is_first else None
 
 
 def log_epoch(
@@ -1291,6 +1349,7 @@ def save_epoch(
 
 def save_position(run: Run, epoch: int) -> None:
     """Write last.pt in the middle of an epoch, between two optimizer steps."""
+    run.loss_sums = ranks.add_up(run.loss_sums)
     if devices.rank() == 0:
         content = checkpoint_content(run, epoch - 1, None)
         state = training_state(run, epoch - 1, is_last=False)
@@ -1337,12 +1396,6 @@ def finish(run: Run, seconds: float) -> None:
     for path in (best, last):
         if path.is_file():
             LOGGER.info("%s, %.1f MB", path, path.stat().st_size / 1e6)
-
-
-def wait_for_all() -> None:
-    """Meet the other processes."""
-    if devices.world_size() > 1:
-        torch.distributed.barrier()
 
 
 if __name__ == "__main__":

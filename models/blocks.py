@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 BN_EPS = 1e-3
 BN_MOMENTUM = 0.03
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # the second over several processes
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "SiLU": nn.SiLU,
@@ -52,7 +53,7 @@ class Conv(nn.Module):
 
     def fuse(self) -> None:
         """Fold the batch normalisation into the convolution (inference only, not reversible)."""
-        if isinstance(self.bn, nn.BatchNorm2d):
+        if isinstance(self.bn, BATCH_NORMS):
             # Folding reads the running statistics, which is what eval mode stands for.
             self.conv = fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
             self.add_module("bn", nn.Identity())

@@ -1,12 +1,12 @@
 """Loading, augmenting, batching."""
 
 import dataclasses
-import itertools
 import multiprocessing
 import os
 import shutil
 import signal
 import tempfile
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -356,29 +356,32 @@ def test_shuffling_visits_every_image_in_another_order_each_epoch(split, rect):
     assert len({tuple(names) for names in orders}) > 3
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("rect", [False, True])
-def test_ranks_share_what_one_process_would_see(split, world_size, rect):
-    def loaders(shuffle):
-        dataset = DetectionDataset(split, 64, rect=rect, batch_size=1)
-        return [
-            build_loader(dataset, 1, shuffle=shuffle, seed=1, rank=rank, world_size=world_size)
-            for rank in range(world_size)
-        ]
-
-    parts = [order(loader) for loader in loaders(shuffle=False)]
-    assert sorted(itertools.chain(*parts)) == ["a", "b", "c", "d"], (
-        "evaluation sees each image once"
-    )
-    trained = loaders(shuffle=True)
-    parts = [order(loader) for loader in trained]
-    assert len({len(part) for part in parts}) == 1, "all ranks make as many steps"
-    assert [len(loader) for loader in trained] == [len(part) for part in parts]
-    assert set(itertools.chain(*parts)) == {"a", "b", "c", "d"}
-    alone = order(build_loader(DetectionDataset(split, 64, rect=rect, batch_size=1), 1,
-                               shuffle=True, seed=1))  # fmt: skip
-    dealt = [name for step in zip(*parts, strict=True) for name in step]
-    assert dealt[: len(alone)] == alone
+@pytest.mark.parametrize("shuffle", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("rect", [False, True], ids=["square", "rect"])
+@pytest.mark.parametrize(("world_size", "share"), [(1, 3), (2, 1), (2, 2), (3, 1), (3, 2), (5, 1)])
+def test_ranks_share_what_one_process_would_see(split, world_size, share, rect, shuffle):
+    """The same batches, each image once, dealt out in turn, and in training as many steps."""
+    size = world_size * share
+    dataset = DetectionDataset(split, 64, rect=rect, batch_size=size)
+    settings = {"shuffle": shuffle, "seed": 1}
+    alone = build_loader(dataset, size, **settings)
+    loaders = [
+        build_loader(dataset, share, rank=rank, world_size=world_size, **settings)
+        for rank in range(world_size)
+    ]
+    for epoch in range(3):
+        for loader in (alone, *loaders):
+            loader.set_epoch(epoch)
+        whole, parts = list(alone), [list(loader) for loader in loaders]
+        assert [len(loader) for loader in loaders] == [len(part) for part in parts]
+        assert not shuffle or len({len(part) for part in parts}) == 1
+        shared = [[b for b in step if b and not b.is_extra] for step in zip_longest(*parts)]
+        assert len(shared) == len(whole)
+        for batch, of_ranks in zip(whole, shared, strict=True):
+            for rank, part in enumerate(of_ranks):
+                assert part.paths == batch.paths[rank::world_size]
+                assert torch.equal(part.images, batch.images[rank::world_size])
+            assert sum(len(part.paths) for part in of_ranks) == len(batch.paths)
 
 
 def test_image_weights_draw_with_replacement(split):

@@ -11,7 +11,7 @@ from utils.checkpoint import load_detector
 from utils.config import load_dataset_spec
 from utils.dataset import Batch, DetectionDataset, build_loader, scan_split
 from utils.evaluate import evaluate
-from utils.loss import DetectionLoss, LossSettings
+from utils.loss import DetectionLoss, LossSettings, Measured
 
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "fox")
@@ -59,6 +59,19 @@ def run(model, batches, names=NAMES, **options):
     return evaluate(model, batches, names, device=CPU, progress=False, **options)
 
 
+class CountingLoss:
+    """Box: number of the batch, from 1; objectness: ten times that; class: number of labels."""
+
+    def measure(self, logits, targets):
+        number = logits[0][0, 0]
+        terms = torch.stack((number, number * 10, torch.tensor(len(targets)).float()))
+        counts = torch.full((3, 1), float(len(logits[0])))
+        return Measured(terms[:, None] * counts, counts)
+
+    def parts(self, measured):
+        return (measured.sums / measured.counts)[:, 0]
+
+
 BOX = (10, 10, 40, 40)
 EMPTY_ROWS = [
     pytest.param([], [], 0, 0, id="no images"),
@@ -70,7 +83,7 @@ EMPTY_ROWS = [
 
 @pytest.mark.parametrize(("batches", "answers", "num_images", "num_labels"), EMPTY_ROWS)
 def test_empty_cases_are_defined(batches, answers, num_images, num_labels):
-    loss = (lambda logits, targets: (torch.ones(1), torch.ones(3))) if answers else None
+    loss = CountingLoss() if answers else None
     result = run(Oracle(answers), batches, loss_fn=loss)
     assert (result.num_images, result.num_labels) == (num_images, num_labels)
     for value in (result.precision, result.recall, result.map50, result.map50_95, result.fitness):
@@ -135,13 +148,46 @@ def test_mode_is_kept(training):
 
 
 def test_losses_are_means_over_images():
-    def loss(logits, targets):
-        number = logits[0][0, 0]  # 1 for the first batch, 2 for the second
-        return number, torch.stack((number, number * 10, torch.tensor(len(targets)).float()))
-
     batches = [batch_of([(0, *BOX)], [], []), batch_of([])]
-    result = run(Oracle([[], []]), batches, loss_fn=loss)
+    result = run(Oracle([[], []]), batches, loss_fn=CountingLoss())
     assert result.losses == pytest.approx((5 / 4, 50 / 4, 3 / 4))
+
+
+@pytest.mark.parametrize("num_shares", [2, 3])
+def test_shares_of_the_images_add_up_to_the_same_figures(num_shares):
+    """To the last bit, also where detections are equally sure; the last batch lacks some shares."""
+    rng = np.random.default_rng(0)
+    labels, answers = [], []
+    for _ in range(7):
+        corners = rng.integers(0, 40, (3, 2))
+        boxes = np.concatenate((corners, corners + rng.integers(10, 50, (3, 2))), 1)
+        classes = rng.integers(0, 3, 3)
+        labels.append([(cls, *box) for cls, box in zip(classes, boxes, strict=True)])
+        moved = boxes + rng.integers(-4, 5, boxes.shape)
+        sure = rng.choice([0.3, 0.5, 0.9], 3)
+        answers.append([(*b, s, c) for b, s, c in zip(moved, sure, classes, strict=True)])
+
+    def figures(of_batches, gather=None):
+        batches = [batch_of(*(labels[i] for i in images)) for images in of_batches]
+        model = Oracle([[answers[i] for i in images] for images in of_batches])
+        settings = {} if gather is None else {"gather": gather}
+        return run(model, batches, loss_fn=CountingLoss(), **settings)
+
+    size, tallies = 2 * num_shares, []
+    whole = [range(start, min(start + size, 7)) for start in range(0, 7, size)]
+    alone = figures(whole)
+    for share in range(num_shares):
+        mine = [batch[share::num_shares] for batch in whole if len(batch) > share]
+        figures(mine, lambda tally: tallies.append(tally) or [tally])
+    together = figures(mine, lambda _: tallies)
+    assert 0 < alone.map50_95 < alone.map50 < 1
+    assert together.losses[:2] == alone.losses[:2]
+    for name in ("precision", "recall", "map50", "map50_95", "num_images"):
+        assert getattr(together, name) == getattr(alone, name), name
+    for name in ("num_labels_per_class", "num_images_per_class"):
+        assert (getattr(together, name) == getattr(alone, name)).all()
+    assert (together.confusion.matrix == alone.confusion.matrix).all()
+    assert (together.ap_result.precision_curve == alone.ap_result.precision_curve).all()
 
 
 def test_single_cls():

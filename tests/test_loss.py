@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from utils.checkpoint import load_detector
+from utils.distill import DistillationLoss
 from utils.loss import DetectionLoss, LossSettings, assign_targets, pack, unpack
 
 SETTINGS = LossSettings(box=0.05, obj=1.0, cls=0.5)
@@ -124,3 +125,45 @@ def test_box_on_the_far_border_stays_inside_the_grid():
     found = assign_targets(targets, torch.ones(3, 2), (4, 4), 4.0)
     assert len(found.row)
     assert found.row.max() == found.column.max() == 3
+
+
+@pytest.mark.parametrize("shares", [(1, 3), (2, 2), (4, 0)], ids=str)
+@pytest.mark.parametrize("kind", ["labels", "teacher"])
+def test_processes_that_share_a_batch_add_up_to_its_loss(shares, kind):
+    """However unevenly boxes and images are spread; one without images takes an extra one."""
+    rng = torch.Generator().manual_seed(0)
+    anchors = torch.tensor([[[1.5, 2.0], [3.0, 3.0]], [[1.0, 2.0], [4.0, 2.0]]])
+    logits = [torch.randn(4, 2, side, side, 8, generator=rng) for side in (8, 4)]
+    wanted = [torch.randn(level.shape, generator=rng) for level in logits]
+    targets = torch.rand(7, 6, generator=rng) * 0.4 + 0.2
+    targets[:, 0] = torch.tensor([0, 0, 0, 0, 1, 1, 3])
+    targets[:, 1] = torch.tensor([0, 1, 2, 0, 1, 2, 1])
+
+    def loss_of(images, weight, add_up=torch.detach):
+        leaves = [level[images].clone().requires_grad_() for level in logits]
+        if kind == "teacher":
+            loss_fn = DistillationLoss(anchors, anchors, add_up=add_up)
+            loss, parts = loss_fn(leaves, [level[images] for level in wanted], weight)
+        else:
+            rows = targets[torch.isin(targets[:, 0], images)].clone()
+            rows[:, 0] = torch.searchsorted(images, rows[:, 0].long())
+            loss, parts = DetectionLoss(anchors, SETTINGS, add_up)(leaves, rows, weight)
+        loss.backward()
+        return loss.detach(), parts, [leaf.grad for leaf in leaves]
+
+    whole = torch.arange(4)
+    parts = [
+        (part if len(part) else whole[:1], float(len(part) > 0)) for part in whole.split(shares)
+    ]
+    counts = []
+    for part, weight in parts:
+        loss_of(part, weight, lambda count: counts.append(count) or count)
+    total = sum(counts)
+    found = [loss_of(part, weight, lambda _: total) for part, weight in parts]
+    loss, terms, grads = loss_of(whole, 1.0)
+    torch.testing.assert_close(sum(f[0] for f in found), loss)
+    torch.testing.assert_close(sum(f[1] for f in found), terms)
+    for level, grad in enumerate(grads):
+        of_shares = [f[2][level] for f in found]
+        torch.testing.assert_close(torch.cat(of_shares)[:4], grad)
+        assert not torch.cat(of_shares)[4:].any()  # the extra image

@@ -94,6 +94,7 @@ class Batch(NamedTuple):
     targets: Tensor  # float32 [T, 6]: image index, class, cx, cy, w, h normalised
     paths: list[str]
     letterboxes: list[Letterbox]
+    is_extra: bool = False  # another process learns from these images
 
 
 class Item(NamedTuple):
@@ -119,7 +120,7 @@ class DetectionDataset(Dataset[Item]):
         hyp: augmentation strengths; None for evaluation.
         rect: batches of images of like shape, padded to the smallest common shape instead of the
             square. Augmentation then leaves mosaic out.
-        batch_size: of rectangular batches; must be that of the loader.
+        batch_size: of rectangular batches; must be that of the loaders of all ranks together.
         stride: rectangular shapes are multiples of this.
         pad: added to rectangular shapes, in strides (0.5 for evaluation).
         cache: keeps decoded images, see `build_image_cache`; None or `off` does not.
@@ -423,9 +424,10 @@ def _pack(results: Sequence[Item | OSError]) -> _Delivery:
 class EpochBatchSampler(Sampler[list[Key]]):
     """Batches of keys for one epoch, a function of (seed, epoch) alone.
 
-    Over several ranks, each global batch of `batch_size * world_size` images is dealt out in turn,
-    so that together the ranks see what one process with that batch size would. In training
-    (shuffled) a short last batch is filled up from the start, so that all ranks get as many.
+    Over several ranks each batch is dealt out in turn, so that together they see what one process
+    with `batch_size * world_size` would: the same batches, each image once. Where the last batch
+    has fewer images than there are ranks, those without one get one that is extra in training, so
+    that all make as many steps, and none in evaluation.
     """
 
     def __init__(
@@ -443,36 +445,39 @@ class EpochBatchSampler(Sampler[list[Key]]):
         self.image_weights: np.ndarray | None = None
         self.epoch = 0
         self.first_batch = 0
+        self.extra: set[int] = set()  # numbers of the batches of this epoch, so far, that are
 
     def __len__(self) -> int:
-        per_unit = 1 if self.dataset.rect else self.batch_size
-        total = len(self.dataset.rect_batches) if self.dataset.rect else len(self.dataset)
-        mine = len(range(self.rank, self._padded(total), self.world_size))
-        return math.ceil(mine / per_unit)
-
-    def _padded(self, total: int) -> int:
-        return math.ceil(total / self.world_size) * self.world_size if self.shuffle else total
-
-    def _deal(self, order: np.ndarray) -> np.ndarray:
-        padded = np.resize(order, self._padded(len(order)))
-        return padded[self.rank :: self.world_size]
+        size = self.batch_size * self.world_size
+        whole, rest = divmod(len(self.dataset), size)
+        return whole + (rest > (0 if self.shuffle else self.rank))
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return itertools.islice(self._batches(), self.first_batch, None)
+        self.extra.clear()
+        for number, parts in enumerate(self.shared_batches()):
+            if number < self.first_batch:
+                continue
+            if self.rank < len(parts):
+                yield parts[self.rank]
+            elif self.shuffle:
+                self.extra.add(number)
+                yield parts[0][:1]
+
+    def shared_batches(self) -> Iterator[list[list[Key]]]:
+        """All batches of the epoch, as the parts of each rank that has one."""
+        for batch in self._batches():
+            yield [batch[rank :: self.world_size] for rank in range(self.world_size)][: len(batch)]
 
     def _batches(self) -> Iterator[list[Key]]:
-        """All batches of the epoch."""
         rng = np.random.default_rng((_ORDER_STREAM, self.seed, self.epoch))
         if self.dataset.rect:
             order = np.arange(len(self.dataset.rect_batches))
-            order = self._deal(rng.permutation(order) if self.shuffle else order)
-            for number in order.tolist():
+            for number in (rng.permutation(order) if self.shuffle else order).tolist():
                 yield [(self.epoch, index) for index in self.dataset.rect_batches[number].tolist()]
             return
-        keys = self._keys(rng)
-        mine = self._deal(np.arange(len(keys))).tolist()
-        for start in range(0, len(mine), self.batch_size):
-            yield [keys[position] for position in mine[start : start + self.batch_size]]
+        keys, size = self._keys(rng), self.batch_size * self.world_size
+        for start in range(0, len(keys), size):
+            yield keys[start : start + size]
 
     def _keys(self, rng: np.random.Generator) -> list[Key]:
         """Keys of all ranks together, in order."""
@@ -526,7 +531,7 @@ class Loader(DataLoader[Any]):
             self._iterator = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for delivery in super().__iter__():
+        for number, delivery in enumerate(super().__iter__(), self.batch_sampler.first_batch):
             for path, problem in delivery.problems.items():
                 if path not in self.unreadable:
                     self.unreadable[path] = problem
@@ -534,7 +539,7 @@ class Loader(DataLoader[Any]):
                     LOGGER.warning("used as an empty picture (%d so far): %s", count, problem)
             if delivery.error is not None:
                 raise delivery.error
-            yield delivery.batch
+            yield delivery.batch._replace(is_extra=number in self.batch_sampler.extra)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose order and augmentation of the next iterations, and how many batches they skip."""
@@ -602,9 +607,10 @@ def build_loader(
     """
     if batch_size < 1 or workers < 0 or seed < 0:
         raise ValueError(f"batch size {batch_size}, workers {workers} or seed {seed} is too small")
-    if dataset.rect and batch_size != dataset.batch_size:
+    if dataset.rect and batch_size * world_size != dataset.batch_size:
         raise ValueError(
-            f"rectangular batches were made for batch size {dataset.batch_size}, not {batch_size}"
+            f"rectangular batches were made for batch size {dataset.batch_size}, not "
+            f"{batch_size * world_size}"
         )
     if workers and len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPDIR:
         raise ValueError(
@@ -641,9 +647,10 @@ def sample_batches(loader: Loader, num_images: int) -> list[Batch]:
 
     Args:
         loader: as `build_loader` gives it; its workers are not used.
-        num_images: about so many images in all; all batches if there are fewer.
+        num_images: about so many images in all, from the parts of all ranks; all batches if there
+            are fewer.
     """
-    keys = list(loader.batch_sampler)
+    keys = list(itertools.chain(*loader.batch_sampler.shared_batches()))
     wanted = max(round(len(keys) * num_images / max(sum(map(len, keys)), 1)), 1)
     chosen = keys if wanted >= len(keys) else keys[:: -(-len(keys) // wanted)]
     dataset = loader.batch_sampler.dataset

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from utils.device_text import gpu_indices
 
@@ -169,28 +168,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def mean_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """Mean of each value over all processes."""
-    if world_size() == 1:
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(tensor)
-    return (tensor / world_size()).tolist()
+def local_world_size() -> int:
+    """Number of processes of this training on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def is_true_anywhere(flag: bool, device: torch.device) -> bool:
-    """Whether it is true in any process; waits for all of them."""
-    if world_size() == 1:
-        return flag
-    tensor = torch.tensor(float(flag), device=device)
-    torch.distributed.all_reduce(tensor)
-    return bool(tensor.item())
-
-
-def take_from_first(values: Tensor, device: torch.device) -> Tensor:
-    """What the first process has there; waits for it, over `device`, and may overwrite `values`."""
-    if world_size() == 1:
-        return values
-    shared = values.to(device)
-    torch.distributed.broadcast(shared, 0)
-    return shared.to(values.device)
+def distributed_backend() -> str:
+    """What connects processes: for what lies on GPUs, and for the rest."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -12,7 +12,7 @@ Mehta & Ozturk 2018, Object detection at 200 Frames Per Second, arXiv:1805.06361
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,21 +52,32 @@ class DistillationLoss:
         student_anchors_grid: Tensor,
         teacher_anchors_grid: Tensor,
         gains: DistillationGains | None = None,
+        add_up: Callable[[Tensor], Tensor] = torch.detach,
     ) -> None:
-        """Anchors: each [L, A, 2] width, height in grid units, on the device of the logits."""
+        """Prepare for two networks.
+
+        Args:
+            student_anchors_grid: [L, A, 2] width, height in grid units, on the device of the
+                logits.
+            teacher_anchors_grid: likewise.
+            gains: factors of the terms.
+            add_up: the sum of a tensor over all processes that share a batch.
+        """
         self.student_anchors_grid = student_anchors_grid
         self.teacher_anchors_grid = teacher_anchors_grid
         self.gains = gains or DistillationGains()
+        self.add_up = add_up
         self.balance = LEVEL_BALANCE.get(len(student_anchors_grid), LEVEL_BALANCE_OTHER)
 
     def __call__(
-        self, student: Sequence[Tensor], teacher: Sequence[Tensor]
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], weight: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Compare in float32; only the student gets gradients.
 
         Args:
             student: logits per level [B, A, H, W, 5+K].
             teacher: logits for the same images, of the same shapes.
+            weight: 0 for images that another process learns from, else 1.
 
         Returns:
             The loss to minimise (scalar: sum of the terms times batch size), and the box,
@@ -88,17 +99,20 @@ class DistillationLoss:
             else:
                 cls_sums.append(box_sums[-1] * 0)
             weights.append(objectness.sum())
+        batch_size = student[0].shape[0]
+        seen = torch.stack(weights).sum()
+        counts = torch.stack((seen, torch.full_like(seen, batch_size))) * weight
+        seen, num_images = self.add_up(counts)
         # Less than one object in the whole batch: what is seen fades, noise is not blown up.
-        scale = len(weights) / torch.stack(weights).sum().clamp(1)
+        scale = weight * len(weights) / seen.clamp(1)
         parts = torch.stack(
             (
                 torch.stack(box_sums).sum() * scale * self.gains.box,
-                torch.stack(obj_means).sum() * self.gains.obj,
+                torch.stack(obj_means).sum() * (weight * batch_size / num_images) * self.gains.obj,
                 torch.stack(cls_sums).sum() * scale * self.gains.cls,
             )
         )
-        batch_size = student[0].shape[0]
-        return parts.sum() * batch_size, parts.detach()
+        return parts.sum() * num_images, parts.detach()
 
 
 def decode_in_cell(logits: Tensor, anchors_grid: Tensor) -> Tensor:

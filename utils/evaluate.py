@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from utils.boxes import to_original, xyxy_from_cxcywh
 from utils.dataset import Batch
+from utils.loss import DetectionLoss, Measured
 from utils.metrics import (
     IOU_THRESHOLDS,
     ApResult,
@@ -28,14 +29,13 @@ from utils.metrics import (
     match_detections,
 )
 from utils.nms import non_max_suppression, split_detections
-from utils.profile import Stopwatch
+from utils.profile import Stopwatch, ms_per_image
 
 LOGGER = logging.getLogger(__name__)
 
 # Measured on two cores, YOLOv5n: 32 images of 640 x 480 take 27.8 ms each at once, 20.6 by eights.
 CPU_CHUNK_PIXELS = 8 * 640 * 480
 
-LossFunction = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
 BatchHook = Callable[[Batch, list[Tensor]], None]
 
 
@@ -99,21 +99,46 @@ def check_class_names(
             return
 
 
-class _Tally:
+class Tally:
     """Matches image by image and remembers what the metrics need."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
-        self.correct = [np.zeros((0, len(IOU_THRESHOLDS)), bool)]
-        self.conf_cls = [np.zeros((0, 2), np.float32)]
-        self.label_cls = [np.zeros(0, np.int64)]
+        # Of each image:
+        self.correct: list[np.ndarray] = []  # bool [M, I]
+        self.conf_cls: list[np.ndarray] = []  # [M, 2]
+        self.label_cls: list[np.ndarray] = []  # [T]
         self.num_images_per_class = np.zeros(num_classes, np.int64)
         self.confusion = ConfusionMatrix(num_classes)
-        self.num_images = 0
+        self.losses: list[Measured] = []  # of each batch
+        self.seconds = [0.0, 0.0, 0.0]  # pre-processing, inference, NMS
+
+    @property
+    def num_images(self) -> int:
+        """How many were added."""
+        return len(self.correct)
+
+    @classmethod
+    def combine(cls, shares: Sequence[Tally]) -> Tally:
+        """What one process would have found, of which several took every nth image each."""
+        if len(shares) == 1:
+            return shares[0]
+        whole = cls(shares[0].num_classes)
+        for name in ("correct", "conf_cls", "label_cls"):
+            turns = itertools.zip_longest(*(getattr(share, name) for share in shares))
+            found = [entry for turn in turns for entry in turn if entry is not None]
+            getattr(whole, name).extend(found)
+        for share in shares:
+            whole.num_images_per_class += share.num_images_per_class
+            whole.confusion.matrix += share.confusion.matrix
+            whole.seconds = [a + b for a, b in zip(whole.seconds, share.seconds, strict=True)]
+        for parts in itertools.zip_longest(*(share.losses for share in shares)):
+            sums, counts = zip(*(part for part in parts if part is not None), strict=True)
+            whole.losses.append(Measured(sum(sums), sum(counts)))
+        return whole
 
     def add(self, detections: np.ndarray, labels: np.ndarray) -> None:
         """Add one image: [M, 6] and [T, 5] (class, xyxy), both in original pixels."""
-        self.num_images += 1
         label_cls = labels[:, 0].astype(np.int64)
         self.correct.append(match_detections(detections, labels))
         self.conf_cls.append(detections[:, 4:])
@@ -123,12 +148,20 @@ class _Tally:
 
     def average_precision(self) -> tuple[ApResult, np.ndarray]:
         """Per-class result, and labels per class [K]."""
-        conf, pred_cls = np.concatenate(self.conf_cls).T
-        label_cls = np.concatenate(self.label_cls)
-        result = average_precision_per_class(
-            np.concatenate(self.correct), conf, pred_cls, label_cls
-        )
+        conf, pred_cls = np.concatenate([_NO_SCORES, *self.conf_cls]).T
+        label_cls = np.concatenate([_NO_CLASSES, *self.label_cls])
+        correct = np.concatenate([_NO_MATCHES, *self.correct])
+        result = average_precision_per_class(correct, conf, pred_cls, label_cls)
         return result, np.bincount(label_cls, minlength=self.num_classes)
+
+
+_NO_MATCHES = np.zeros((0, len(IOU_THRESHOLDS)), bool)
+_NO_SCORES = np.zeros((0, 2), np.float32)
+_NO_CLASSES = np.zeros(0, np.int64)
+
+
+def _alone(tally: Tally) -> list[Tally]:
+    return [tally]
 
 
 @torch.no_grad()  # not inference_mode: what a loss or a hook keeps must stay usable in training
@@ -143,9 +176,10 @@ def evaluate(
     iou_thres: float = 0.6,
     max_det: int = 300,
     single_cls: bool = False,
-    loss_fn: LossFunction | None = None,
+    loss_fn: DetectionLoss | None = None,
     on_batch: BatchHook | None = None,
     progress: bool = True,
+    gather: Callable[[Tally], list[Tally]] = _alone,
 ) -> EvaluationResult:
     """Detect in every image of the loader and compare with the labels.
 
@@ -161,10 +195,12 @@ def evaluate(
         iou_thres: of NMS.
         max_det: most detections per image.
         single_cls: all detections and labels count as class 0.
-        loss_fn: (logits, targets) -> (total, parts [3]); adds the mean loss per image.
+        loss_fn: adds the mean loss per image.
         on_batch: called with the batch and its detections, per image [M, 6] on the CPU, xyxy in
             pixels of the original image.
         progress: show a progress bar, if this is a terminal.
+        gather: where several processes share the images, from what this one found to what all
+            did, by rank; the result is that of what it gives.
 
     Raises:
         ValueError: the network does not have as many classes as there are names.
@@ -176,8 +212,7 @@ def evaluate(
     network.to(memory_format=torch.channels_last)
     has_nms = getattr(network, "has_nms", False)
     names = names[:1] if single_cls else names
-    tally, watch = _Tally(len(names)), Stopwatch(device)
-    loss_sum = torch.zeros(3, device=device)
+    tally, watch = Tally(len(names)), Stopwatch(device)
     try:
         _warm_up(network, device, precision)
         for batch in tqdm(loader, desc="evaluate", leave=False, disable=None if progress else True):
@@ -190,8 +225,7 @@ def evaluate(
             if not has_nms:
                 _check_num_classes(predictions.shape[2] - 5, names, single_cls)
             if loss_fn is not None:
-                parts = loss_fn(logits, batch.targets)[1]
-                loss_sum += parts * len(images)
+                tally.losses.append(loss_fn.measure(logits, batch.targets))
                 watch.start()
             if has_nms:
                 detections = split_detections(predictions, conf_thres, max_det)
@@ -215,11 +249,15 @@ def evaluate(
     finally:
         model.train(was_training)
 
+    tally.seconds = watch.seconds
+    tally.losses = [Measured(sums.cpu(), counts.cpu()) for sums, counts in tally.losses]
+    whole = Tally.combine(gather(tally))
     losses = None
     if loss_fn is not None:
-        box, obj, cls = (loss_sum / max(tally.num_images, 1)).tolist()
+        parts = [loss_fn.parts(batch) * batch.counts[1, 0] for batch in whole.losses]
+        box, obj, cls = (sum(parts, torch.zeros(3)) / max(whole.num_images, 1)).tolist()
         losses = (box, obj, cls)
-    return _summarise(tally, watch, names, losses)
+    return _summarise(whole, names, losses)
 
 
 def _forward(network: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -273,8 +311,7 @@ def _labels_in_original_pixels(batch: Batch, single_cls: bool) -> list[np.ndarra
 
 
 def _summarise(
-    tally: _Tally,
-    watch: Stopwatch,
+    tally: Tally,
     names: tuple[str, ...],
     losses: tuple[float, float, float] | None,
 ) -> EvaluationResult:
@@ -294,6 +331,6 @@ def _summarise(
         num_images_per_class=tally.num_images_per_class,
         confusion=tally.confusion,
         losses=losses,
-        speed_ms=watch.ms_per_image(tally.num_images),
+        speed_ms=ms_per_image(tally.seconds, tally.num_images),
         num_images=tally.num_images,
     )

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from utils.atomic import atomic_write
+from utils.device import local_world_size
 from utils.regular_file import open_regular
 
 LOGGER = logging.getLogger(__name__)
@@ -85,10 +86,11 @@ class RamCache:
         """Decode everything; None if it does not fit."""
         needed, free = _count_bytes(resized_hw), available_memory()
         size = f"{len(resized_hw)} images need {_gigabytes(needed)} of memory"
-        if free is not None and needed > MEMORY_SHARE * free:
+        share = MEMORY_SHARE / local_world_size()  # every process has a cache of its own
+        if free is not None and needed > share * free:
             LOGGER.warning(
                 "no image cache: %s, only %s of the available %s may be used",
-                size, _gigabytes(MEMORY_SHARE * free), _gigabytes(free),
+                size, _gigabytes(share * free), _gigabytes(free),
             )  # fmt: skip
             return None
         LOGGER.info("caching images in memory: %s", size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -101,77 +101,121 @@ def _to_device(found: Assignment, device: torch.device) -> Assignment:
     """Nothing waits for it."""
     if device == found.image.device:
         return found
-    parts = (p.pin_memory() if device.type == "cuda" else p for p in pack(found))
-    return unpack(*(part.to(device, non_blocking=True) for part in parts))
+    return unpack(*(_send(part, device) for part in pack(found)))
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device; nothing waits for it."""
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
+
+
+class Measured(NamedTuple):
+    """What the terms of a batch sum up to, and over how many; each [3, L]: box, object, class."""
+
+    sums: Tensor  # over boxes found, images, boxes found
+    counts: Tensor  # of these
 
 
 class DetectionLoss:
     """Box (CIoU), objectness and class (binary cross entropy) terms of a batch."""
 
-    def __init__(self, anchors_grid: Tensor, settings: LossSettings) -> None:
-        """`anchors_grid`: [L, A, 2] width, height in grid units."""
+    def __init__(
+        self,
+        anchors_grid: Tensor,
+        settings: LossSettings,
+        add_up: Callable[[Tensor], Tensor] = torch.detach,
+    ) -> None:
+        """Prepare for a network.
+
+        Args:
+            anchors_grid: [L, A, 2] width, height in grid units.
+            settings: factors of the terms.
+            add_up: the sum of a tensor over all processes that share a batch.
+        """
         num_levels = len(anchors_grid)
         self.anchors_grid = anchors_grid.cpu()
         self.settings = settings
+        self.add_up = add_up
         self.balance = LEVEL_BALANCE.get(num_levels, LEVEL_BALANCE_OTHER)
         if num_levels > len(self.balance):
             raise ValueError(f"{num_levels} levels; the loss knows weights for up to 5")
 
-    def __call__(self, logits: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, logits: Sequence[Tensor], targets: Tensor, weight: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Compute the loss in float32.
+
+        Means are those over the whole batch: processes that share one get its loss if they add up
+        theirs, however unevenly boxes and images are spread over them.
 
         Args:
             logits: per level [B, A, H, W, 5+K].
             targets: [T, 6] image, class, cx, cy, w, h, normalised to 0-1; T may be 0. On the CPU,
                 or the device has to be waited for.
+            weight: 0 for images that another process learns from, else 1.
 
         Returns:
             The loss to minimise (scalar: sum of the terms times batch size), and the box,
             objectness and class terms with their factors (detached [3]).
         """
-        settings = self.settings
+        sums, counts = self.measure(logits, targets)
+        counts = self.add_up(counts * weight)
+        parts = self.parts(Measured(sums * weight, counts))
+        return parts.sum() * counts[1, 0], parts.detach()
+
+    def measure(self, logits: Sequence[Tensor], targets: Tensor) -> Measured:
+        """The sums that the terms are the means of; arguments as for a call."""
         targets = targets.cpu()
-        box_terms, obj_terms, cls_terms = [], [], []
+        sums, counts = [], []
         for level, level_logits in enumerate(logits):
-            box, obj, cls = self._level_terms(level_logits, targets, self.anchors_grid[level])
-            box_terms.append(box)
-            obj_terms.append(obj * self.balance[level])
-            cls_terms.append(cls)
-        parts = torch.stack(
+            terms, num_found = self._level_sums(level_logits, targets, self.anchors_grid[level])
+            sums.append(torch.stack(terms))
+            counts.append([num_found, len(level_logits), num_found])
+        numbers = torch.tensor(counts, dtype=torch.float32)
+        return Measured(torch.stack(sums, 1), _send(numbers, logits[0].device).T)
+
+    def parts(self, measured: Measured) -> Tensor:
+        """The terms [3] with their factors."""
+        sums, counts = measured
+        box, obj, cls = sums / counts.clamp(min=1)
+        levels = [mean * weight for mean, weight in zip(obj, self.balance, strict=False)]
+        settings = self.settings
+        return torch.stack(
             (
-                torch.stack(box_terms).sum() * settings.box,
-                torch.stack(obj_terms).sum() * settings.obj,
-                torch.stack(cls_terms).sum() * settings.cls,
+                box.sum() * settings.box,
+                torch.stack(levels).sum() * settings.obj,
+                cls.sum() * settings.cls,
             )
         )
-        batch_size = logits[0].shape[0]
-        return parts.sum() * batch_size, parts.detach()
 
-    def _level_terms(
+    def _level_sums(
         self, logits: Tensor, targets: Tensor, anchors_grid: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[list[Tensor], int]:
+        """Box, objectness and class term of a level, each times its count; number of boxes."""
         found = assign_targets(
             targets, anchors_grid, (logits.shape[2], logits.shape[3]), self.settings.anchor_t
         )
+        num_found = len(found.image)
         objectness = torch.zeros(logits.shape[:4], device=logits.device)
-        box_term = cls_term = objectness.new_zeros(())
-        if len(found.image):
+        box_sum = cls_sum = objectness.new_zeros(())
+        if num_found:
             found = _to_device(found, logits.device)
             cells = (found.image, found.anchor, found.row, found.column)
             answers = logits[cells].float()  # [N, 5+K]
             centres = answers[:, 0:2].sigmoid() * 2 - 0.5
             sizes = (answers[:, 2:4].sigmoid() * 2) ** 2 * found.anchors_grid
             iou = paired_iou(torch.cat((centres, sizes), 1), found.boxes_cxcywh, kind="ciou")
-            box_term = (1 - iou).mean()
+            box_sum = (1 - iou).sum()
             # Where several boxes ask for one cell it takes the best IoU, on every device alike.
             _, num_anchors, height, width = objectness.shape
             cell = (found.image * num_anchors + found.anchor) * height + found.row
             quality = iou.detach().clamp(0)
             objectness.view(-1).scatter_reduce_(0, cell * width + found.column, quality, "amax")
             if answers.shape[1] > 6:  # one class needs no class term
-                cls_term = self._class_term(answers[:, 5:], found.classes)
-        obj_term = self._cross_entropy(logits[..., 4].float(), objectness, self.settings.obj_pw)
-        return box_term, obj_term, cls_term
+                cls_sum = self._class_term(answers[:, 5:], found.classes) * num_found
+        obj_mean = self._cross_entropy(logits[..., 4].float(), objectness, self.settings.obj_pw)
+        return [box_sum, obj_mean * len(logits), cls_sum], num_found
 
     def _class_term(self, logits: Tensor, classes: Tensor) -> Tensor:
         smoothing = self.settings.label_smoothing

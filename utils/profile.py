@@ -63,8 +63,13 @@ class Stopwatch:
 
     def ms_per_image(self, num_images: int) -> tuple[float, float, float]:
         """Milliseconds of the three stages."""
-        first, second, third = (s / max(num_images, 1) * 1e3 for s in self.seconds)
-        return first, second, third
+        return ms_per_image(self.seconds, num_images)
+
+
+def ms_per_image(seconds: Sequence[float], num_images: int) -> tuple[float, float, float]:
+    """Milliseconds an image of three stages that took so many seconds."""
+    first, second, third = (s / max(num_images, 1) * 1e3 for s in seconds)
+    return first, second, third
 
 
 class Latency(NamedTuple):

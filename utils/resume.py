@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils import ranks
 from utils.checkpoint import load_checkpoint
+from utils.claim import claim, find_claimed
 from utils.config import expand_home, load_yaml
 from utils.flags.checks import flag_of
 from utils.flags.train import RESUME_FLAGS, build_parser
@@ -39,21 +41,26 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
         FileNotFoundError: there is no such run.
         ValueError: there is nothing to resume in it.
     """
-    if not options.resume:
-        return None
-    if options.resume is True:
+    if options.resume is False:
+        path = find_own_checkpoint(options, given)
+    elif options.resume is True:
         path = newest_unfinished(root / "runs/train")
     else:
         path = find_checkpoint(expand_home(options.resume), root)
+    if path is None:
+        return None
+    run_dir = path.resolve().parent.parent
+    in_place = path.resolve().parts[-2:] == ("weights", "last.pt")
+    in_place = in_place and (run_dir / "opt.yaml").is_file()
+    if in_place:
+        claim(run_dir, ranks.job())
     content = load_checkpoint(path)
     if "training" not in content:
         raise ValueError(
             f"--resume {path}: not the last.pt of an unfinished run, there is nothing to resume; "
             f"to train on from its weights use --weights {path}"
         )
-    run_dir = path.resolve().parent.parent
-    in_place = path.resolve().parts[-2:] == ("weights", "last.pt")
-    if not in_place or not (run_dir / "opt.yaml").is_file():
+    if not in_place:
         raise ValueError(
             f"--resume {path}: the file is not in its run folder (<run>/weights/last.pt with "
             "<run>/opt.yaml); put it back there"
@@ -77,6 +84,24 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
     batches = f", after {state['batches']} of its batches" if state.get("batches") else ""
     LOGGER.info("resuming %s in epoch %d%s", run_dir, state["epoch"] + 1, batches)
     return Resumed(content, run_dir, merged)
+
+
+def find_own_checkpoint(options: argparse.Namespace, given: set[str]) -> Path | None:
+    """The last.pt of this very training, where torchrun has started it anew; None at first.
+
+    Args:
+        options: of the command line.
+        given: names of those that were typed; a run with others is another one.
+    """
+    first = expand_home(options.project) / options.name
+    run_dir = find_claimed(first.parent, ranks.job()) if ranks.job() else None
+    if run_dir is None or not (run_dir / "weights/last.pt").is_file():
+        return None
+    before = load_yaml(run_dir / "opt.yaml")
+    if any(to_plain(getattr(options, n)) != before.get(n) for n in given - RESUME_FLAGS):
+        return None
+    path = run_dir / "weights/last.pt"
+    return path if "training" in load_checkpoint(path) else None
 
 
 def warn_of_edits(run_dir: Path, content: Mapping[str, Any]) -> None:

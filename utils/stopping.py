@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
@@ -12,6 +13,7 @@ T = TypeVar("T")
 
 # The last is what a process gets when its terminal goes; Windows has none.
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+PASSED_ON = 0.5  # seconds within which a signal that comes again is the same one
 
 
 class Stopped(Exception):
@@ -21,12 +23,17 @@ class Stopped(Exception):
 class StopRequest:
     """Between `with` and the end of the block, signals that would end the program are noted.
 
-    The run looks at `signal` where it can stop without loss. A second Ctrl-C interrupts at once;
-    of the other signals more than one may come, as batch systems signal every process they see.
+    The run looks at `signal` where it can stop without loss. A second Ctrl-C interrupts at once,
+    but not within half a second: what starts several processes passes on what a terminal has
+    sent them already. Of the other signals more than one may come, as batch systems signal every
+    process they see.
     What the caller has told the program to ignore (`nohup`) stays ignored.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_quiet: bool = False) -> None:
+        """`is_quiet`: another process speaks."""
+        self.is_quiet = is_quiet
+        self._noted_at = 0.0
         self.signal: signal.Signals | None = None
         self._previous: dict[int, object] = {}
 
@@ -44,19 +51,16 @@ class StopRequest:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.signal is None:
-            self.signal = signal.Signals(number)
+            self.signal, self._noted_at = signal.Signals(number), time.monotonic()
             # Not print: the signal may have come in the middle of one.
-            os.write(2, b"\nstopping after this step; Ctrl-C (again) ends at once\n")
-        elif number == signal.SIGINT:
+            if not self.is_quiet:
+                os.write(2, b"\nstopping after this step; Ctrl-C (again) ends at once\n")
+        elif number == signal.SIGINT and time.monotonic() > self._noted_at + PASSED_ON:
             raise KeyboardInterrupt
 
     def watch(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, until the program is asked to end.
-
-        Raises:
-            Stopped: it was.
-        """
+        """The items, until the program is asked to end; `signal` then tells."""
         for item in items:
             if self.signal is not None:
-                raise Stopped
+                return
             yield item

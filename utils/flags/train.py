@@ -195,6 +195,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Where it runs, and where its results go."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="", help="'' (best), cpu, mps, 0 or 0,1")
+    group.add_argument(
+        "--sync-bn", action="store_true", help="batch norm over the images of all GPUs together"
+    )
     group.add_argument("--amp", choices=AMP_CHOICES, default="auto", help="precision")
     group.add_argument("--workers", type=int, help=WORKERS_HELP)
     group.add_argument(

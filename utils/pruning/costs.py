@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.blocks import Bottleneck, Conv
+from models.blocks import BATCH_NORMS, Bottleneck, Conv
 from models.yolo import Model
 from utils.pruning.channel_groups import ChannelGroups, Layout, conv_block
 
@@ -134,7 +134,7 @@ def _read_conv(model: Model, path: str) -> _Convolution:
     """Read the Conv block, or the convolution of the head, at a path of `ChannelGroups.inputs`."""
     module = model.model.get_submodule(path)
     conv = module.conv if isinstance(module, Conv) else cast(nn.Conv2d, module)
-    has_bn = isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d)
+    has_bn = isinstance(module, Conv) and isinstance(module.bn, BATCH_NORMS)
     extra = sum(p.numel() for p in module.parameters()) - conv.weight.numel()
     return _Convolution(
         conv.out_channels,

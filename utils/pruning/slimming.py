@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.blocks import BATCH_NORMS
 from models.yolo import Model
-from utils import device as devices
+from utils import ranks
 from utils.choices import MODES, SCHEDULES
 from utils.pruning.channel_groups import ChannelGroups, conv_block, find_channel_groups
 from utils.pruning.costs import NetworkCost
@@ -63,7 +64,7 @@ def _batchnorms(model: Model, channel_groups: ChannelGroups) -> dict[str, nn.Bat
     if not found:
         raise ValueError("no channel can be removed: the network has no prunable layer")
     for path, bn in found.items():
-        if not isinstance(bn, nn.BatchNorm2d):
+        if not isinstance(bn, BATCH_NORMS):
             raise ValueError(f"{path}: has no batch norm (a fused network cannot be slimmed)")
     return found
 
@@ -400,7 +401,8 @@ class SparsityPenalty:
         """By channel group which channels are near 0, bool `[C]`: what the first process finds."""
         importance = gamma_importance(averaged, self._channel_groups)
         together = torch.cat(list(importance.values())) < NEAR_ZERO
-        together = devices.take_from_first(together, self.weights[0].device)
+        together = together.to(self.weights[0].device)
+        ranks.take_from_first([together])
         parts = together.split([len(values) for values in importance.values()])
         return dict(zip(importance, parts, strict=True))
 

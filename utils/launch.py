@@ -1,0 +1,73 @@
+"""Starting one process for each GPU of this machine, and ending them together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from torch.distributed import TCPStore
+
+from utils.stopping import SIGNALS
+
+GRACE = 20.0  # seconds to end for the others, once one has failed
+GLANCE = 0.1  # seconds between two looks at them
+
+
+def launch(command: Sequence[str], count: int) -> int:
+    """Run the command `count` times, as processes of one training.
+
+    Signals that would end this process are passed on, and the processes decide when they end.
+
+    Returns:
+        The exit status of the first that failed; 0 if none did.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # all are clients of the store above
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **shared}
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: object) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in heard}
+    try:
+        for rank in map(str, range(count)):
+            own = {"RANK": rank, "LOCAL_RANK": rank}
+            processes.append(subprocess.Popen(command, env={**environment, **own}))
+        return _wait(processes)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Until all have ended; those that are left when one has failed are ended."""
+    code, deadline = 0, float("inf")
+    while None in (codes := [process.poll() for process in processes]):
+        failed = next(filter(None, codes), 0)
+        if failed and not code:
+            code, deadline = failed, time.monotonic() + GRACE
+            for process in processes:
+                process.terminate()
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(GLANCE)
+    code = code or next(filter(None, codes), 0)
+    if code < 0 and -code not in (signal.SIGTERM, signal.SIGINT):
+        name = signal.Signals(-code).name
+        print(f"error: one of the {len(processes)} processes was ended by {name}", file=sys.stderr)
+    return code if code >= 0 else 128 - code
