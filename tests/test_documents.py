@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 from models import Model, ModelSpec
 from utils.checkpoint import build_checkpoint, save_checkpoint
@@ -37,6 +38,7 @@ SHORT_FORMS = {
 # With these words a line of a block is a command; other blocks show output or programs.
 COMMAND_WORDS = (
     "python", "python3", "py", "pip", "git", "cd", "make", ".", r".venv\Scripts\activate",
+    "torchrun",
 )  # fmt: skip
 
 # What makes a command cheap: flags and what follows them instead, or in addition.
@@ -59,7 +61,20 @@ NOT_RUN = {
     r"make test|make lint|-m pytest": "is what runs this",
     r"--source 0": "needs a camera",
     r"rtsp://": "needs a stream",
+    r"^torchrun": "starts several processes, on several machines; test_ranks.py does so",
     r"data\.scripts\.get_": "downloads; test_data_scripts.py runs them",
+}
+
+
+SLURM_FLAGS = {
+    *(
+        "--nodes",
+        "--ntasks-per-node",
+        "--gpus-per-node",
+        "--cpus-per-task",
+        "--requeue",
+        "--signal",
+    ),
 }
 
 
@@ -134,6 +149,9 @@ def test_there_are_commands():
 @pytest.mark.parametrize("command", by_place(COMMANDS))
 def test_command_is_understood(command):
     words = full_words(command.text)
+    if words[0] == "torchrun":
+        started = get_args_parser().parse_args(words[1:])
+        words = ["python", started.training_script, *started.training_script_args]
     if words[1].endswith(".py"):
         assert (ROOT / words[1]).is_file()
         if "--help" not in words:
@@ -171,6 +189,7 @@ def test_flags_exist(page):
     parsers = [importlib.import_module(f"utils.flags.{name}").build_parser() for name in SCRIPTS]
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     modules = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "data/scripts").glob("*.py")]
+    known |= set(get_args_parser()._option_string_actions) | SLURM_FLAGS
     others = "".join(module.read_text("utf-8") for module in modules)
     for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text("utf-8")):
         assert flag in known or f'"{flag}"' in others, flag
