@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import yaml
 
 import train
 from models import Model, ModelSpec
-from utils import plots
+from utils import plots, ranks
 from utils.checkpoint import build_checkpoint, load_checkpoint, load_detector, save_checkpoint
 from utils.config import load_hyperparameters
 from utils.evolve import read_history
@@ -608,36 +609,38 @@ def test_a_step_that_the_scaler_leaves_out_shrinks_nothing(tiny_spec):
     assert (take_steps_without_loss(run, 1, [0.1]) < after).all()
 
 
-def train_in_two(rank, tiny_spec, folder, mode, rate):
+def train_in_two(rank, tiny_spec, folder, mode, rate, port):
     """Three steps on images of this process's own, a release, then one step without loss."""
     torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group(
-        "gloo", f"file://{folder}/meet-{mode}", rank=rank, world_size=2
-    )
-    run = build_proximal_run(tiny_spec, "AdamW")
-    run.penalty = SparsityPenalty(run.model, rate, 10, mode=mode)
-    network = torch.nn.parallel.DistributedDataParallel(run.model.train())
-    torch.manual_seed(rank)
-    for _ in range(3):
-        sum(logits.square().mean() for logits in network(torch.rand(2, 3, 64, 64))).backward()
-        train.optimizer_step(run, 0, train.clip_gradients(run))
-    gammas = torch.cat([bn.weight.detach() for bn in run.penalty.batchnorms.values()])
-    averaged = copy.deepcopy(run.model)
-    list(prunable_batchnorms(averaged).values())[-rank].weight.data.zero_()  # not the same layer
-    run.penalty.release_share = 0.01
-    share = run.penalty.release(averaged)
-    released = {"weights": torch.cat(run.penalty.weights), "share": torch.tensor(share)}
-    alone = take_steps_without_loss(build_proximal_run(tiny_spec), 1, LRS)
-    state = run.penalty.state_dict()["noise"]
-    torch.save({"gammas": gammas, "alone": alone, **released, **state}, folder / f"{mode}{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with ranks.connected():
+        run = build_proximal_run(tiny_spec, "AdamW")
+        run.penalty = SparsityPenalty(run.model, rate, 10, mode=mode)
+        network = torch.nn.parallel.DistributedDataParallel(run.model.train())
+        torch.manual_seed(rank)
+        for _ in range(3):
+            sum(logits.square().mean() for logits in network(torch.rand(2, 3, 64, 64))).backward()
+            train.optimizer_step(run, 0, train.clip_gradients(run))
+        gammas = torch.cat([bn.weight.detach() for bn in run.penalty.batchnorms.values()])
+        averaged = copy.deepcopy(run.model)
+        list(prunable_batchnorms(averaged).values())[-rank].weight.data.zero_()  # another layer
+        run.penalty.release_share = 0.01
+        share = run.penalty.release(averaged)
+        released = {"weights": torch.cat(run.penalty.weights), "share": torch.tensor(share)}
+        alone = take_steps_without_loss(build_proximal_run(tiny_spec), 1, LRS)
+        state = run.penalty.state_dict()["noise"]
+        result = {"gammas": gammas, "alone": alone, **released, **state}
+        torch.save(result, folder / f"{mode}{rank}.pt")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "rate"), [("proximal", 0.5), ("subgradient", AutoRate(1.5))])
 def test_two_processes_have_the_same_gammas(tiny_spec, tmp_path, mode, rate):
-    torch.multiprocessing.spawn(train_in_two, (tiny_spec, tmp_path, mode, rate), nprocs=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train_in_two, (tiny_spec, tmp_path, mode, rate, port), nprocs=2)
     first, second = (torch.load(tmp_path / f"{mode}{rank}.pt") for rank in (0, 1))
     assert (first["gammas"] != 1).all()
     assert all(torch.equal(first[name], second[name]) for name in first)
