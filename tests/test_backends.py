@@ -297,6 +297,14 @@ def test_onnx_files_cannot_have_other_files_read(tmp_path, place):
     assert "secret" not in str(caught.value)
 
 
+def test_openvino_reads_nothing_but_its_own_format(model, tmp_path):
+    """It also takes ONNX, with whatever that refers to, from a file of any name."""
+    pytest.importorskip("openvino")
+    path = export(model, "onnx", tmp_path)
+    with pytest.raises(ValueError, match=r"x\.xml: not a readable OpenVINO model .'no XML'"):
+        load_network(path.rename(path.with_suffix(".xml")), CPU)
+
+
 def test_foreign_files(model, tmp_path):
     onnx = pytest.importorskip("onnx")
     path = export(model, "onnx", tmp_path)

@@ -23,7 +23,9 @@ import pytest
 import torch
 
 from models import Model, ModelSpec
+from tests.test_backends import export
 from utils import image_files
+from utils.backends import load_network
 from utils.checkpoint import build_checkpoint, load_detector
 from utils.config import load_dataset_spec, load_hyperparameters, load_yaml
 from utils.evolve import read_history
@@ -401,5 +403,50 @@ def test_checkpoints(tiny_spec, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             is_told("checkpoints", lambda: load_detector(path), path)
+
+    check()
+
+
+# ------------------------------------------------------------------------------- exported networks
+# What stands between quotation marks in an OpenVINO description, and must not.
+ODD_VALUES = [
+    *(b"", b"0", b"-1", b"x", b"nan", b"9" * 40, b"4294967296", b"18446744073709551615"),
+    *(b"1,3,-5", b"1,3,1000000,1000000", b"string", b"boolean", b"u1", b"f64"),
+    *(b"Const", b"Result", b"Parameter", b"Loop", b"TensorIterator"),
+]
+swaps = st.lists(
+    st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from(ODD_VALUES)),
+    min_size=1,
+    max_size=3,
+)
+
+
+def with_swaps(xml: bytes, changes) -> bytes:
+    for place, value in changes:
+        spans = [match.span(1) for match in re.finditer(rb'"([^"]*)"', xml)]
+        start, end = spans[int(place * len(spans))]
+        xml = xml[:start] + value + xml[end:]
+    return xml
+
+
+def test_openvino_descriptions(tiny_spec, tmp_path):
+    model = Model(ModelSpec.from_dict(tiny_spec)).eval()
+    folder = export(model, "openvino", tmp_path)
+    path = folder / "x.xml"
+    whole = path.read_bytes()
+
+    def read():
+        with torch.no_grad():
+            return load_network(path, torch.device("cpu"))(torch.zeros(1, 3, 64, 64))
+
+    for good, bad in ((b'"Result"', b'"Relu"'), (b"float32", b"\xff")):
+        path.write_bytes(whole.replace(good, bad))
+        assert is_told("OpenVINO", read, path) is None
+
+    @fuzz(st.tuples(st.booleans(), swaps, edits), share=1 / 2)
+    def check(case):
+        are_values, values, changes = case
+        path.write_bytes(with_swaps(whole, values) if are_values else mutated(whole, changes))
+        is_told("OpenVINO", read, path)
 
     check()

@@ -13,6 +13,7 @@ import json
 import re
 import struct
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -191,8 +192,10 @@ class OnnxNetwork(ExportedNetwork):
             self.session = runtime.InferenceSession(content, options, providers=providers)
         except Exception as error:  # noqa: BLE001 (its error classes are private)
             raise _unreadable(path, "ONNX file", error) from None
+        inputs = self.session.get_inputs()
+        _check_ends(path, inputs, self.session.get_outputs())
         self.accept(self.session.get_modelmeta().custom_metadata_map)
-        self.input_name = self.session.get_inputs()[0].name
+        self.input_name = inputs[0].name
 
     def infer(self, images: Tensor) -> Tensor:
         """See `ExportedNetwork.infer`."""
@@ -220,7 +223,9 @@ class OpenVinoNetwork(ExportedNetwork):
         }
         try:
             core = runtime.Core()
+            _check_is_xml(xml)
             model = core.read_model(xml)
+            _check_ends(path, model.inputs, model.outputs)
             text = _openvino_metadata(model)
             if text.get("precision") == "float16":
                 del settings["INFERENCE_PRECISION_HINT"]
@@ -228,7 +233,7 @@ class OpenVinoNetwork(ExportedNetwork):
             # networks alive leaves freed memory behind as such: the next signal then ends Python.
             with ThreadPoolExecutor(1) as thread:
                 self.compiled = thread.submit(core.compile_model, model, "CPU", settings).result()
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise _unreadable(path, "OpenVINO model", error) from None
         self.accept(text)
 
@@ -342,6 +347,23 @@ def _self_contained(path: Path) -> bytes:
 _ONNX_LOCATION = re.compile(rb"(?:\x0a|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location")
 
 
+def _check_is_xml(path: Path) -> None:
+    """OpenVINO reads other formats too, whatever they are called: ONNX with weights elsewhere."""
+    with path.open("rb") as file:
+        if not file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith((b"<?xml", b"<net")):
+            raise RuntimeError("no XML")
+
+
+def _check_ends(path: Path, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise ValueError(
+            f"{path}: has {len(inputs)} inputs and {len(outputs)} outputs, a detector has one of "
+            "each; damaged, or not written by export.py of this toolkit"
+        )
+
+
 def _unreadable(path: Path, kind: str, error: Exception) -> ValueError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # OpenVINO begins with the places in its program.
+    lines = [line for line in lines if not line.startswith("Exception from ")]
     return ValueError(f"{path}: not a readable {kind} ({lines[0][:200] if lines else error!r})")
