@@ -1,5 +1,8 @@
 """Files that appear complete or not at all."""
 
+import os
+import time
+
 import pytest
 
 from utils import atomic
@@ -84,6 +87,21 @@ def test_a_staging_folder_goes_with_what_is_left_in_it(tmp_path, error):
     else:
         work()
     assert [path.name for path in tmp_path.iterdir()] == ["done.bin"]
+
+
+def test_what_a_killed_process_has_left_goes_a_day_later(tmp_path):
+    """Not before: another process may be at work in it."""
+    outside = make_folder(tmp_path / "outside", "kept")
+    for name, age_h in (("old", 25), ("new", 23)):
+        folder = make_folder(tmp_path / f".staging-{name}", "part.bin")
+        os.utime(folder, (time.time() - age_h * 3600,) * 2)
+    (tmp_path / ".staging-link").symlink_to(outside)
+    os.utime(outside, (0, 0))
+    with staging_folder(tmp_path):
+        pass
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".staging-link", ".staging-new", "outside"]
+    assert (outside / "kept").exists()
 
 
 def make_folder(path, name):

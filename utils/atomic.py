@@ -6,10 +6,13 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+STAGING, STAGING_SECONDS = ".staging-", 24 * 3600  # after which nobody can still be at work in it
 
 
 @contextmanager
@@ -55,9 +58,14 @@ def name_in_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
 def staging_folder(beside: str | Path) -> Iterator[Path]:
     """Yield an empty folder in that folder, for files that move there once they are good.
 
-    It goes with all that is left in it when the block ends, whatever happened.
+    It goes with all that is left in it when the block ends, whatever happened. What a killed
+    process has left there goes a day later, when the next one begins.
     """
-    with tempfile.TemporaryDirectory(prefix=".staging-", dir=beside) as folder:
+    for left_over in Path(beside).glob(f"{STAGING}*"):
+        with contextlib.suppress(OSError):  # another process may be doing the same
+            if time.time() - left_over.stat().st_mtime > STAGING_SECONDS:
+                shutil.rmtree(left_over)
+    with tempfile.TemporaryDirectory(prefix=STAGING, dir=beside) as folder:
         yield Path(folder)
 
 

@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -28,7 +27,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO
 from urllib.parse import unquote, urldefrag, urlsplit
 
-from utils.atomic import atomic_write
+from utils.atomic import atomic_write, staging_folder
 from utils.config import DatasetSpec, expand_home, find_config, load_dataset_spec, locate_key
 from utils.image_files import IMAGE_SUFFIXES
 
@@ -432,9 +431,9 @@ def _fetch_dataset(spec: DatasetSpec, splits: Sequence[str], root: Path) -> None
     spec.root.parent.mkdir(parents=True, exist_ok=True)
     was_there = (spec.root.parent / name).exists()
     archive = download(url, spec.root.parent / name, sha256)
-    with tempfile.TemporaryDirectory(dir=spec.root.parent, prefix=".unpack-") as temporary:
+    with staging_folder(spec.root.parent) as temporary:
         unpack(archive, temporary)
-        content = _content_folder(Path(temporary), spec, splits)
+        content = _content_folder(temporary, spec, splits)
         _leave_out_foreign_files(content, archive)
         _check_places(content, spec.root)
         _move_into(content, spec.root)
