@@ -131,7 +131,13 @@ from utils.pruning.verdict import (
     known_map50,
     measure_readiness,
 )
-from utils.resume import Resumed, find_resumed, summarize_data, warn_of_other_data
+from utils.resume import (
+    Resumed,
+    find_resumed,
+    naming_damage,
+    summarize_data,
+    warn_of_other_data,
+)
 from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
 from utils.stopping import Stopped, StopRequest
 from utils.tensorboard import Board
@@ -196,7 +202,8 @@ def run_training(
     add_teacher(run, teacher)
     run.best = find_best(inputs, options)
     if resumed:
-        restore_run(run, resumed.content["training"])
+        with naming_damage(resumed.path):
+            restore_run(run, resumed.content["training"])
     results = open_results(run, train_split, val_split)
 
     started = time.perf_counter()

@@ -1007,6 +1007,48 @@ def test_resume_refuses_what_is_not_an_interrupted_run(base, tmp_path, monkeypat
     assert load_checkpoint(run / "weights/last.pt")["epoch"] == 1
 
 
+def spoil_lr(state):
+    state["optimizer"]["param_groups"].pop()
+
+
+def spoil_shape(state):
+    state["model"]["model.0.conv.weight"] = torch.zeros(1)
+
+
+# What is wrong with last.pt, and what is said about it.
+DAMAGES = {
+    "nothing": (lambda c: c.update(training=None), r"\(training missing, or of the wrong kind\)"),
+    "a part": (lambda c: c["training"].pop("ema"), r"\(ema missing, or of the wrong kind\)"),
+    "kinds": (
+        lambda c: c["training"].update(epoch="2", class_maps=[]), r"\(epoch, class_maps missing"
+    ),
+    "options": (lambda c: c.update(options=None), r"\(options missing"),
+    "hyp": (lambda c: c["hyp"].pop("lr0"), r"\(TypeError, .*'lr0'\)"),
+    "within": (lambda c: c["training"]["ema"].pop("updates"), r"\(KeyError, 'updates'\)"),
+    "groups": (lambda c: spoil_lr(c["training"]), r"\(ValueError, .* parameter groups\)"),
+    "shape": (lambda c: spoil_shape(c["training"]), r"\(RuntimeError, size mismatch for model.0"),
+    "rng": (lambda c: c["training"].update(torch_rng=torch.zeros(3)), r"\((Type|Runtime)Error, "),
+    "gammas": (lambda c: c["training"].update(gammas=[{"x": 1}]), r"\(TypeError, .*'x'\)"),
+}  # fmt: skip
+
+
+def test_a_damaged_training_state_is_one_line(base, tmp_path, monkeypatch):
+    train_until(monkeypatch, 0, [*base, "--epochs", "2"])
+    last = tmp_path / "runs/exp/weights/last.pt"
+    whole = last.read_bytes()
+    for case, (spoil, words) in DAMAGES.items():
+        last.write_bytes(whole)
+        content = load_checkpoint(last)
+        spoil(content)
+        save_checkpoint(last, content)
+        with pytest.raises(ValueError, match=words) as caught:
+            train.main(["--resume", str(last)])
+        assert str(caught.value).startswith(f"--resume {last}: its training state is"), case
+        assert str(caught.value).endswith(f"use --weights {last}"), case
+        assert "\n" not in str(caught.value), case
+        assert len(results_of(tmp_path / "runs/exp")) == 1, case
+
+
 def test_resume_takes_what_is_typed_also_a_default(base, tmp_path, monkeypatch):
     train_until(monkeypatch, 0, [*base, "--epochs", "2"])
     last = str(tmp_path / "runs/exp/weights/last.pt")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from utils import ranks
 from utils.checkpoint import load_checkpoint
 from utils.claim import claim, find_claimed
-from utils.config import expand_home, load_yaml
+from utils.command import is_out_of_memory
+from utils.config import Hyperparameters, expand_home, load_yaml
 from utils.flags.checks import flag_of
 from utils.flags.train import RESUME_FLAGS, build_parser
 from utils.run_dir import to_plain
@@ -20,11 +24,22 @@ from utils.scan import Split
 
 LOGGER = logging.getLogger(__name__)
 
+# What every version has written for a run to go on from, and what it must be.
+_STATE: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("model", "ema", "optimizer", "scaler"), dict),
+    **dict.fromkeys(("epoch", "best_epoch"), int),
+    **dict.fromkeys(("class_maps", "torch_rng"), Tensor),
+    "best_fitness": (float, int),
+    "is_last": bool,
+    "gammas": list,
+}
+
 
 class Resumed(NamedTuple):
     """An interrupted run."""
 
-    content: dict[str, Any]  # of its last.pt
+    path: Path  # its last.pt
+    content: dict[str, Any]  # of that
     run_dir: Path
     options: argparse.Namespace  # those of the run, with the device and workers given now
 
@@ -65,6 +80,7 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
             f"--resume {path}: the file is not in its run folder (<run>/weights/last.pt with "
             "<run>/opt.yaml); put it back there"
         )
+    check_training_state(content, path)
     # A run of an older version does not know the newer flags, and goes on as it began.
     defaults = vars(build_parser().parse_args([])) | {"sparsity_cost": 0.0, "sparsity_share": 1.0}
     merged = argparse.Namespace(**{**defaults, **content["options"]})
@@ -83,7 +99,50 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
     state = content["training"]
     batches = f", after {state['batches']} of its batches" if state.get("batches") else ""
     LOGGER.info("resuming %s in epoch %d%s", run_dir, state["epoch"] + 1, batches)
-    return Resumed(content, run_dir, merged)
+    return Resumed(path, content, run_dir, merged)
+
+
+def check_training_state(content: Mapping[str, Any], path: Path) -> None:
+    """Stop if a part is missing that a resumed run needs, or is something else.
+
+    Raises:
+        ValueError: names the parts.
+    """
+    state = content["training"]
+    if not isinstance(state, dict):
+        wrong = ["training"]
+    else:
+        wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)]
+    wrong += [name for name in ("options", "hyp") if not isinstance(content.get(name), dict)]
+    if wrong:
+        raise damaged(path, f"{', '.join(wrong)} missing, or of the wrong kind")
+    with naming_damage(path):
+        Hyperparameters(**content["hyp"])
+
+
+@contextmanager
+def naming_damage(path: Path) -> Iterator[None]:
+    """What the parts of a training state do not fit within the block becomes one line.
+
+    Raises:
+        ValueError: names the file and what is wrong in it.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = lines[1] if len(lines) > 1 else lines[0] if lines else ""
+        raise damaged(path, f"{type(error).__name__}, {reason[:200]}") from error
+
+
+def damaged(path: Path, reason: str) -> ValueError:
+    """The error for a checkpoint that cannot be resumed."""
+    return ValueError(
+        f"--resume {path}: its training state is damaged ({reason}); to train on from its weights "
+        f"use --weights {path}"
+    )
 
 
 def find_own_checkpoint(options: argparse.Namespace, given: set[str]) -> Path | None:
