@@ -1,4 +1,5 @@
 import errno
+import io
 import sys
 
 import pytest
@@ -69,6 +70,14 @@ def test_torch_need_not_be_loaded(monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         run_command(main)
     assert "torch" not in sys.modules
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_a_terminal_cannot_show_is_shown_in_figures(monkeypatch, encoding):
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding))
+    run_command(lambda: print("caf\udce9 \u6f22", flush=True))
+    assert output.getvalue().decode(encoding).strip() in ("caf\\udce9 \\u6f22", "caf\\udce9 \u6f22")
 
 
 def test_interruption(capsys):

@@ -182,6 +182,43 @@ def test_nothing_found_still_gives_files(run, tmp_path):
     assert abs(read_image(run_dir / "a.jpg").astype(int) - 10).max() <= 2
 
 
+# File names that are legal on Linux; without suffix.
+ODD_NAMES = {
+    "spaces": "  a  b ", "quotes": "it's \"so\" `x` $HOME", "unicode": "ä 漢字 e\u0301",
+    "newline": "one\ntwo", "dash": "-rf", "percent": "100%d %s {0}", "pattern": "a[1]*?",
+    "escape": "a\x1b[31mb\tc", "bytes": "caf\udce9", "dots": "a.b..", "colon": "C:\\x:y",
+}  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others allow fewer names")
+@pytest.mark.parametrize("suffix", [".jpg", ".avi"])
+@pytest.mark.parametrize("kind", ODD_NAMES)
+def test_odd_file_names(run, folder, tmp_path, caplog, kind, suffix):
+    caplog.set_level("INFO")
+    stem = ODD_NAMES[kind]
+    path = tmp_path / f"in {stem}" / f"{stem}{suffix}"
+    path.parent.mkdir()
+    source = {".jpg": "zwei/b.jpg", ".avi": "zwei/clip.avi"}[suffix]
+    path.write_bytes((folder / source).read_bytes())
+    ends = [""] if suffix == ".jpg" else [f"_{number}" for number in range(1, 9)]
+    expected = {f"{stem}{'.mp4' if suffix == '.avi' else suffix}"}
+    expected |= {f"labels/{stem}{end}.txt" for end in ends}
+    expected |= {f"crops/{cls}/{stem}{end}_{n}.jpg" for end in ends
+                 for n, cls in enumerate(("Tür_1", "bar"), 1)}  # fmt: skip
+    if (kind, suffix) == ("bytes", ".avi"):
+        with pytest.raises(OSError, match="videos need a name in UTF-8; rename it"):
+            run(path)
+        return
+    for source in (path, path.parent):
+        run_dir = run(source, "--save-txt", "--save-crop")
+        assert files_of(run_dir) == expected
+    assert yaml.safe_load((run_dir / "opt.yaml").read_text("utf-8"))["source"] == str(path.parent)
+    (path.parent / f"damaged {stem}.jpg").write_bytes(b"no image")
+    run(path.parent)
+    said = [line for line in caplog.messages if "damaged" in line]
+    assert len(said) == 1
+
+
 def test_a_video_keeps_rate_and_length(run, folder):
     source = folder / "zwei/clip.avi"
     fps, frames = frames_of(run(source) / "clip.mp4")

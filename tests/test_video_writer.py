@@ -59,3 +59,9 @@ def test_a_picture_of_another_size_is_fitted_in(tmp_path):
 def test_what_cannot_be_written_is_said(tmp_path):
     with pytest.raises(OSError, match=r"none/a\.mp4: OpenCV cannot write a video of 64 x 48"):
         VideoWriter(tmp_path / "none" / "a.mp4", 10).write(grey(1))
+
+
+def test_a_name_that_opencv_would_crash_on_is_refused(tmp_path):
+    writer = VideoWriter(tmp_path / "caf\udce9.mp4", 25)
+    with pytest.raises(OSError, match="need a name in UTF-8; choose another --project"):
+        writer.write(grey(10))

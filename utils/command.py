@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from collections.abc import Callable
 
@@ -28,6 +29,9 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
             users.
         when_interrupted: said after Ctrl-C, with exit status 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not what a terminal cannot show ends a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except OSError as error:

@@ -44,6 +44,15 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 (called for each of millions of names)
 
 
+def is_unicode(path: str | Path) -> bool:
+    """Whether the name can be given to OpenCV, whose videos crash where Python kept odd bytes."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_image(path: str | Path, reduction: int = 1) -> np.ndarray:
     """Decode a file to uint8 BGR [H, W, 3].
 

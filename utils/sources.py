@@ -24,7 +24,13 @@ import numpy as np
 
 from utils.config import expand_home
 from utils.image_address import is_image_address, read_image_address
-from utils.image_files import IMAGE_SUFFIXES, is_image_name, read_image, silent_decoder
+from utils.image_files import (
+    IMAGE_SUFFIXES,
+    is_image_name,
+    is_unicode,
+    read_image,
+    silent_decoder,
+)
 
 LOGGER = logging.getLogger(__name__)
 
@@ -239,8 +245,10 @@ class FrameReader:
         try:
             if capture.isOpened():
                 yield from self._video(capture, str(path))
-            else:
+            elif is_unicode(path):
                 self._report(f"{path}: not a video, or a damaged one")
+            else:
+                self._report(f"{path}: videos need a name in UTF-8; rename it")
         finally:
             capture.release()
 
@@ -402,6 +410,8 @@ class _NewestFrame:
 def _open_capture(source: str | int) -> cv2.VideoCapture:
     """A capture, opened or not; what is wrong with a source is for us to say, not for FFmpeg."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    if isinstance(source, str) and not is_unicode(source):
+        return cv2.VideoCapture()
     with silent_decoder():
         if isinstance(source, int):
             return cv2.VideoCapture(source)

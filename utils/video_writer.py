@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from utils.augment import letterbox
+from utils.image_files import is_unicode
 
 _CODEC = "mp4v"  # MPEG-4 part 2: every build of OpenCV has it
 
@@ -60,6 +61,8 @@ class VideoWriter:
             self._writer = None
 
     def _open(self, image: np.ndarray) -> None:
+        if not is_unicode(self.path):
+            raise OSError(f"{self.path}: videos need a name in UTF-8; choose another --project")
         self._hw = (image.shape[0], image.shape[1])
         codec = cv2.VideoWriter.fourcc(*_CODEC)
         self._writer = cv2.VideoWriter(str(self.path), codec, self.fps, self._hw[::-1])
