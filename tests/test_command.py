@@ -1,11 +1,14 @@
 import errno
+import importlib
 import io
+import re
 import sys
 
 import pytest
 import torch
 
-from utils.command import out_of_memory_advice, run_command
+import utils.flags
+from utils.command import OLDEST_TORCH, out_of_memory_advice, run_command
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,31 @@ def test_torch_need_not_be_loaded(monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         run_command(main)
     assert "torch" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [("2.5.1+cu124", "2.6 or newer is needed; this is 2.5.1"), ("1.13.0a0", "this is 1.13.0a0")],
+)
+def test_an_old_torch_is_refused(monkeypatch, version, words):
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(SystemExit, match=re.escape(words)):
+        run_command(lambda: None)
+
+
+def test_the_torch_that_is_needed_is_that_of_the_requirements(pytestconfig):
+    requirements = (pytestconfig.rootpath / "requirements.txt").read_text(encoding="utf-8")
+    assert f"\ntorch>={'.'.join(map(str, OLDEST_TORCH))}.0\n" in requirements
+    for version in ("2.6.0", "2.10.1+cpu", "3.0.0.dev20300101"):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(torch, "__version__", version)
+            run_command(lambda: None)
+
+
+def test_an_old_python_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    with pytest.raises(SystemExit, match=r"Python 3\.10 or newer is needed; this is 3\."):
+        importlib.reload(utils.flags)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

@@ -19,6 +19,9 @@ REMEDIES = {
 }
 
 
+OLDEST_TORCH = (2, 6)
+
+
 def run_command(main: Callable[[], None], when_interrupted: str = "interrupted") -> None:
     """Call the main function of a script; problems of users become one line and exit status 1.
 
@@ -32,6 +35,7 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not what a terminal cannot show ends a run
             stream.reconfigure(errors="backslashreplace")
+    check_torch()
     try:
         main()
     except OSError as error:
@@ -45,6 +49,18 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
     except KeyboardInterrupt:
         print(f"\n{when_interrupted}")
         raise SystemExit(130) from None
+
+
+def check_torch() -> None:
+    """Stop if the torch that is loaded, if any, is too old to read files from others safely."""
+    torch = sys.modules.get("torch")
+    found = torch.__version__ if torch is not None else "99.0"
+    if tuple(map(int, found.split(".")[:2])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise SystemExit(
+            f"error: torch {oldest} or newer is needed; this is {found}; pip install -r "
+            "requirements.txt brings it"
+        )
 
 
 def describe_os_error(error: OSError) -> str:
