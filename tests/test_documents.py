@@ -4,6 +4,7 @@ The commands run in the order of the pages, in a copy of the project beside tiny
 weights under the names that the pages use: each finds what those before it wrote.
 """
 
+import argparse
 import importlib
 import itertools
 import json
@@ -24,10 +25,11 @@ from torch.distributed.run import get_args_parser
 
 from models import Model, ModelSpec
 from utils.checkpoint import build_checkpoint, save_checkpoint
-from utils.config import load_yaml
+from utils.config import find_config, load_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BENCHMARKS = [path for path in ROOT.glob("benchmarks/**/*.*") if path.suffix in (".md", ".py")]
 SCRIPTS = ("train", "prune", "val", "detect", "export")
 
 # What stands for something longer in a table of results.
@@ -166,6 +168,43 @@ def test_command_is_understood(command):
             assert (ROOT / folders[flag] / value).is_file()
 
 
+class Parsed(Exception):
+    """Raised where a program has read its flags."""
+
+
+def find_benchmarks():
+    """Commands of hours, which are not run: on the pages of the benchmarks and in what they run."""
+    for page in BENCHMARKS:
+        text = " ".join(page.read_text("utf-8").splitlines())
+        kinds = r"`(python -m benchmarks\.[^`]*)`", r" {4}(python -m benchmarks\.[^`]*?)(?= {2})"
+        for command in re.findall(kinds[page.suffix == ".py"], text):
+            if not re.search(r"[A-Z]{2}", command):  # MODULE stands for one
+                yield pytest.param(shlex.split(command), id=f"{page.name}: {command}")
+
+
+def test_benchmarks_are_found():
+    assert {command.values[0][2] for command in find_benchmarks()} >= {
+        f"benchmarks.{name}"
+        for name in ("formats", "loader", "peak", "scaling", "slimming", "training", "validation")
+    }
+
+
+@pytest.mark.parametrize("words", list(find_benchmarks()))
+def test_benchmark_is_understood(words, monkeypatch):
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser, argv):
+        options = parse_args(parser, argv)
+        data = getattr(options, "data", None)
+        assert data is None or find_config(data, ["data"], ROOT).is_file()
+        raise Parsed
+
+    module = importlib.import_module(words[2])
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    with pytest.raises(Parsed):
+        module.main(words[3:])
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_exist(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8")):
@@ -287,3 +326,16 @@ def test_command_runs(command, results):
 def test_a_command_that_fails_is_noticed(results):
     assert results[WRONG]["code"] == 1
     assert "nowhere.pt: no such file" in results[WRONG]["output"]
+
+
+@pytest.mark.slow
+def test_the_program_for_opencv_runs(project, results, monkeypatch):
+    page = (ROOT / "docs/export.md").read_text("utf-8")
+    lines = re.search(r"(?:^ {4}.*cv2.*\n)(?:^ {4}.*\n)*", page, re.MULTILINE)[0].splitlines()
+    program = "\n".join(line.strip() for line in lines)
+    monkeypatch.chdir(project / "runs/train/finetuned/weights")  # where export left best.onnx
+    shutil.copy(project / "street.jpg", "cells.jpg")
+    found = {}
+    exec(program.replace("(320, 320)", "(64, 64)"), found)
+    assert found["predictions"].shape == (3 * (8 * 8 + 4 * 4 + 2 * 2), 5 + 3)
+    assert np.isfinite(found["predictions"]).all()
