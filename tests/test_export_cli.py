@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import detect
 import export
 import val
 from benchmarks import formats
@@ -217,15 +218,44 @@ def test_int8(weights, tiny_dataset, export_format, caplog):
         assert len(in_float) == 2, "those of the head"
 
 
-def test_int8_with_nms_where_nothing_is_found(weights, tiny_dataset):
+@pytest.mark.parametrize("export_format", ["onnx", "openvino"])
+def test_int8_with_nms_where_nothing_is_found(weights, tiny_dataset, export_format):
     """Calibration looks at NMS too, and once stopped at the empty tensors of such images."""
-    pytest.importorskip("onnxruntime")
+    for package in ("onnxruntime", export_format):
+        pytest.importorskip(package)
     command = ["--weights", str(weights), "--img", "96", "--data", str(tiny_dataset.yaml)]
+    command += ["--include", export_format]
     export.main([*command, "--int8", "--nms", "--conf-thres", "1"])
-    network = load_network(weights.parent / "tiny_int8_nms.onnx", CPU)
+    (name,) = files_beside(weights)
+    network = load_network(weights.parent / name, CPU)
     found = network(synthetic_pictures((96, 96), 1))[0]
     assert found.shape == (1, 300, 6)
     assert not found.any()
+
+
+@pytest.mark.parametrize("export_format", ["onnx", "openvino"])
+def test_int8_with_nms_inside_is_run_by_val_and_detect(
+    weights, tiny_dataset, tmp_path, export_format, caplog
+):
+    for package in ("onnxruntime", export_format):
+        pytest.importorskip(package)
+    caplog.set_level("INFO")
+    command = ["--weights", str(weights), "--img", "96", "--data", str(tiny_dataset.yaml)]
+    nms = ["--int8", "--nms", "--conf-thres", "0.1", "--max-det", "20"]
+    export.main([*command, "--include", export_format, *nms])
+    (compared,) = (text for text in caplog.messages if " on 4 images: mAP@.5" in text)
+    (name,) = files_beside(weights)
+    assert name.startswith("tiny_int8_nms")
+    result = validate(weights.parent / name, tiny_dataset, tmp_path / "runs", "--max-det", "20")
+    assert f"mAP@.5 {result['map50']:.4f}, mAP@.5:.95 {result['map50_95']:.4f}; " in compared
+    detect.main(
+        ["--weights", str(weights.parent / name), "--source", str(tiny_dataset.images / "a.jpg"),
+         "--device", "cpu", "--conf-thres", "0.1", "--nosave", "--save-txt", "--save-conf",
+         "--project", str(tmp_path / "detected")]
+    )  # fmt: skip
+    found = np.loadtxt(tmp_path / "detected/exp/labels/a.txt", ndmin=2)
+    assert 0 < len(found) <= 20
+    assert found[:, 5].min() >= 0.1
 
 
 @pytest.mark.parametrize(("calib_images", "batch_size"), [(1, 1), (3, 8), (4, 3), (9, 2)])
@@ -471,6 +501,25 @@ def test_val_of_a_file_with_nms_inside(weights, tiny_dataset, tmp_path, caplog):
     result = validate(script, tiny_dataset, tmp_path / "runs")
     assert result["images"] == 4
     assert "NMS inside" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("a.onnx", "onnxruntime"), ("a_openvino_model", "openvino")]
+)
+@pytest.mark.parametrize("script", ["val.py", "detect.py"])
+def test_a_missing_runtime_is_said_in_one_line(
+    run_script, tiny_dataset, tmp_path, monkeypatch, script, name, package
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / name).touch()
+    source = ["--source", tiny_dataset.images] if script == "detect.py" else []
+    flags = ["--weights", tmp_path / name, "--device", "cpu", "--project", tmp_path / "runs"]
+    done = run_script(script, *flags, *source or ["--data", tiny_dataset.yaml])
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: {tmp_path / name}: needs {package}: pip install -r requirements-export.txt\n"
+    )
+    assert not (tmp_path / "runs").exists()
 
 
 # ------------------------------------------------------------------------------------ benchmark
