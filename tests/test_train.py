@@ -515,8 +515,9 @@ def test_auto_says_what_it_has_chosen(base, tmp_path, caplog):
     assert load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["options"]["sparsity_rate"] == (
         "auto"
     )
-    (chosen,) = [line for line in caplog.messages if " x the gradient noise 0." in line]
-    assert f"auto: rate {rates[0]:.3g} = " in chosen
+    assert f"auto: rate {rates[0]:.3g} = 3 x the gradient noise 0." in caplog.text
+    assert f"the rate {rates[0]:.3g} is 3 x the gradient noise 0." in caplog.text  # no warning
+    assert "none is known to have borne" not in caplog.text
 
 
 def build_step_run(tiny_spec, precision_scale: float):
