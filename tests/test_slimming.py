@@ -331,15 +331,17 @@ def test_tied_channels_are_let_go_together(model):
 
 
 def test_a_state_from_before_the_release_undoes_it(model):
-    penalty = SparsityPenalty(model, 0.5, 4, cost_power=0.5, release_share=0.5)
+    penalty = SparsityPenalty(model, 0.5, 4, cost_power=0.5, release_share=0.3)
     before = [weights.clone() for weights in penalty.weights]
     earlier = copy.deepcopy(penalty.state_dict())
-    assert penalty.release(averaged_with(penalty, model, torch.zeros(penalty.num_channels))) == 1
-    place(torch.ones(penalty.num_channels), penalty)
+    gammas = torch.arange(penalty.num_channels) % 2 * 1.0
+    share = penalty.release(averaged_with(penalty, model, gammas))
+    assert 0.3 < share < 0.7
+    assert not all(map(torch.equal, penalty.weights, before))
     penalty.load_state_dict(earlier)
     assert not penalty.is_released
     assert all(map(torch.equal, penalty.weights, before))
-    assert penalty.release(averaged_with(penalty, model, torch.zeros(penalty.num_channels))) == 1
+    assert penalty.release(averaged_with(penalty, model, gammas)) == share
 
 
 def test_frozen_layers_do_not_count_for_the_release(model):
