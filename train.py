@@ -97,6 +97,7 @@ from utils.finite import (
     first_not_finite,
     save_for_a_look,
 )
+from utils.lasting_output import lasting_output
 from utils.launch import launch
 from utils.loss import DetectionLoss, LossSettings
 from utils.metrics import fitness
@@ -156,6 +157,7 @@ GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
 VERDICT_TRAIN_IMAGES, VERDICT_IMAGES, VERDICT_BATCH = 64, 256, 16
 
 
+@lasting_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one training from its options to its final files."""
     options, given = parse_args(argv, __doc__)

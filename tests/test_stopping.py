@@ -32,6 +32,22 @@ def test_a_second_ctrl_c_interrupts_at_once(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_nobody_need_read_what_a_signal_is_answered(capfd):
+    """Ctrl-C ends `tee` as well, and a terminal that closes is gone before its signal comes."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stderr = os.dup(2)
+    os.dup2(writer, 2)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal is signal.SIGINT
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(writer)
+
+
 def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -235,6 +235,20 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     assert [row["epoch"] for row in results_of(parts)] == ["0", "1", "2"]
 
 
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(base, tmp_path, monkeypatch):
+    """As behind `| tee`, which Ctrl-C ends as well, and after a terminal has been closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", stream)
+        patched.setattr(sys, "stderr", stream)
+        signal_self_at_call(patched, "compute_loss", 3, signal.SIGINT)
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*base, "--epochs", "2"])
+    assert stopped.value.code == 130
+    assert load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["training"]["epoch"] == 0
+
+
 def test_a_run_killed_in_its_first_epoch_can_be_resumed(base, tmp_path, monkeypatch):
     flags = [*base, "--epochs", "1"]
     with monkeypatch.context() as patched:

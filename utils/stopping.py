@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from types import FrameType
 from typing import TypeVar
 
@@ -52,9 +53,11 @@ class StopRequest:
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.signal is None:
             self.signal, self._noted_at = signal.Signals(number), time.monotonic()
-            # Not print: the signal may have come in the middle of one.
-            if not self.is_quiet:
-                os.write(2, b"\nstopping after this step; Ctrl-C (again) ends at once\n")
+            # Not print: the signal may have come in the middle of one. Nor need anybody read it:
+            # Ctrl-C ends what is behind a pipe too, and the terminal may have been closed.
+            with suppress(OSError):
+                if not self.is_quiet:
+                    os.write(2, b"\nstopping after this step; Ctrl-C (again) ends at once\n")
         elif number == signal.SIGINT and time.monotonic() > self._noted_at + PASSED_ON:
             raise KeyboardInterrupt
 
