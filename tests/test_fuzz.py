@@ -7,6 +7,7 @@ inputs every time, and the counts at its end:
 """
 
 import logging
+import math
 import os
 import re
 import sys
@@ -299,6 +300,27 @@ def test_images(tmp_path, monkeypatch):
 EVOLVE = ROOT / "data/hyps/hyp.scratch-low.yaml"
 
 
+def assert_same_columns(text: str, columns: dict[str, list[float]]) -> None:
+    """Against commas alone; quotes are left to the csv module."""
+    head, *rows = [[cell.strip() for cell in line.split(",")] for line in text.split("\n") if line]
+    assert set(columns) == set(head)
+    for name, values in columns.items():
+        places = [place for place, title in enumerate(head) if title == name]
+        # Of several of the same name the last counts that the row has.
+        cells = [[row[place] for place in places if place < len(row)] for row in rows]
+        cells = [found[-1] if found else "" for found in cells]
+        expected = [float(cell) if is_float(cell) else math.nan for cell in cells]
+        assert np.array_equal(values, expected, equal_nan=True), (name, values, expected)
+
+
+def is_float(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
 def test_csv_files(tmp_path):
     hyp = load_yaml(EVOLVE)
     head = ["generation", "fitness", "mAP_0.5", "mAP_0.5:0.95", *hyp]
@@ -319,6 +341,8 @@ def test_csv_files(tmp_path):
         else:
             columns = is_told("results.csv", lambda: read_results(path), path) or {}
             assert len({len(values) for values in columns.values()}) <= 1
+            if columns and not set(path.read_bytes()) & set(b'"\r'):
+                assert_same_columns(path.read_text(encoding="utf-8"), columns)
 
     check()
 
