@@ -246,10 +246,14 @@ def search_hyperparameters(
         return max(Score(fitness(*pair), *pair) for pair in pairs if not math.isnan(pair[0]))
 
     again = f"the same command with --name {folder.name} --exist-ok goes on"
+    # Asked to end, it ends the training of the moment too, as Ctrl-C does: that would go on alone.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         best = evolve(folder, seed_hyp, options.evolve, train_once, options.seed)
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; {again}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     LOGGER.info(
         "the best generation is number %d, fitness %.4f: %s; %s, with more generations in all",
         best.number + 1, best.score.fitness, folder / "hyp_evolved.yaml", again,

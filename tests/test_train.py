@@ -1277,8 +1277,20 @@ def test_dense_weights_with_the_flag_are_refused(base, tiny_spec, tmp_path):
         train.main([*base, "--weights", str(path), "--ft_pruned_model"])
 
 
+@pytest.fixture
+def trains_here(monkeypatch):
+    """The trainings of a search run in this process, which has loaded torch."""
+
+    def call(command):
+        assert command[:2] == [sys.executable, train.__file__]
+        train.main(command[2:])
+        return 0
+
+    monkeypatch.setattr(train.subprocess, "call", call)
+
+
 @pytest.mark.slow
-def test_evolve_trains_keeps_score_and_goes_on(base, tmp_path, caplog):
+def test_evolve_trains_keeps_score_and_goes_on(base, tmp_path, caplog, trains_here):
     caplog.set_level("INFO")
     command = [*base, "--epochs", "1", "--name", "search", "--evolve"]
     train.main([*command, "1"])
@@ -1293,6 +1305,39 @@ def test_evolve_trains_keeps_score_and_goes_on(base, tmp_path, caplog):
     assert load_hyperparameters(folder / "hyp_evolved.yaml") == best.hyp
     assert list((folder / "generation/weights").iterdir())
     assert "generation 2 of 2: fitness" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no groups of processes to signal")
+def test_an_interrupted_search_goes_on(base, tmp_path, trains_here):
+    """In its second generation it is ended, then killed; no training of it is left running."""
+    command = [*base, "--epochs", "1", "--name", "search", "--exist-ok", "--evolve", "3"]
+    table = tmp_path / "runs/search/evolve.csv"
+    first = None
+    for begins, cause in (("generation 1 of 3", "SIGTERM"), ("after 1 generations", "SIGKILL")):
+        with subprocess.Popen(
+            [sys.executable, "train.py", *command],
+            cwd=train.ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as search:
+            for expected in (begins, "results in"):  # the latter is of the training
+                assert any(expected in line for line in search.stdout), expected
+            if cause == "SIGTERM":
+                search.terminate()
+            else:
+                os.killpg(search.pid, signal.SIGKILL)
+            output = search.stdout.read()  # until the training is gone as well
+            assert search.wait(60) == (1 if cause == "SIGTERM" else -signal.SIGKILL)
+            assert ("goes on" in output) == (cause == "SIGTERM")
+            assert "weights/last.pt" not in output, "the training went on alone"
+        first = first or table.read_text()
+        assert table.read_text() == first
+    train.main(command)
+    assert table.read_text().startswith(first)
+    assert [generation.number for generation in read_history(table)] == [0, 1, 2]
 
 
 def test_evolve_stops_where_nothing_can_be_trained(base, capfd):
@@ -1319,8 +1364,11 @@ def test_tensorboard_shows_figures_gammas_pictures_and_the_graph(base, tmp_path,
 
 
 def test_a_missing_tensorboard_is_said_before_the_training(base, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match="pip install tensorboard"):
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setattr(train, "train_epochs", None)
+    with pytest.raises(ValueError, match=r"^--tensorboard needs .*: pip install tensorboard$"):
         train.main([*base, "--epochs", "1", "--tensorboard"])
 
 
