@@ -58,7 +58,7 @@ from utils.checkpoint import (
 )
 from utils.choices import AUTO_BATCH, DEFAULT_IMPORTANCE
 from utils.claim import claim, release
-from utils.command import describe_os_error, run_command
+from utils.command import NOT_FINITE, describe_os_error, run_command
 from utils.config import (
     DatasetSpec,
     Hyperparameters,
@@ -232,20 +232,27 @@ def search_hyperparameters(
     # One validation at the end is enough, unless the training itself needs them.
     flags += ["--nosave"] if {"image_weights", "patience"} & given else ["--nosave", "--noval"]
 
+    again = f"the same command with --name {folder.name} --exist-ok goes on"
+
     def train_once(hyp: Hyperparameters, number: int) -> Score:
         path = folder / "hyp.yaml"
         save_options(path, hyp.to_dict())
         command = [sys.executable, str(Path(__file__)), *flags, "--hyp", str(path)]
-        if subprocess.call(command):
-            if number == 0:
-                raise SystemExit("the search has not begun: its first training failed, see above")
+        status = subprocess.call(command)
+        if status == NOT_FINITE and number > 0:
             LOGGER.warning("warning: generation %d failed and counts as fitness 0", number + 1)
             return Score(0.0, 0.0, 0.0)
+        if status:  # a full disk or a lost drive says nothing about the hyperparameters
+            began = (
+                f"generation {number + 1} failed, see above; {again}"
+                if number
+                else ("the search has not begun: its first training failed, see above")
+            )
+            raise SystemExit(began)
         results = read_results(folder / "generation/results.csv")
         pairs = zip(results["metrics/mAP_0.5"], results["metrics/mAP_0.5:0.95"], strict=True)
         return max(Score(fitness(*pair), *pair) for pair in pairs if not math.isnan(pair[0]))
 
-    again = f"the same command with --name {folder.name} --exist-ok goes on"
     # Asked to end, it ends the training of the moment too, as Ctrl-C does: that would go on alone.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -41,7 +41,6 @@ def test_advice_where_memory_is_short(message, advice):
         ),
         (OSError(errno.EBUSY, "Device or resource busy"), "error: Device or resource busy"),
         (ValueError("percent is 50"), "error: percent is 50"),
-        (FloatingPointError("the loss is nan"), "error: the loss is nan"),
         (torch.OutOfMemoryError("CUDA out of memory"), "try a smaller --batch-size"),
     ],
 )
@@ -53,6 +52,16 @@ def test_problems_of_users_become_one_line(error, words):
         run_command(main)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_run_away_have_a_status_of_their_own(capsys):
+    def main():
+        raise FloatingPointError("the loss is nan")
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    assert caught.value.code == 3
+    assert capsys.readouterr().err == "error: the loss is nan\n"
 
 
 @pytest.mark.parametrize("error", [KeyError("names"), RuntimeError("shapes differ")])

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -1338,6 +1339,24 @@ def test_an_interrupted_search_goes_on(base, tmp_path, trains_here):
     train.main(command)
     assert table.read_text().startswith(first)
     assert [generation.number for generation in read_history(table)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("status", "fitnesses"), [(3, [0.5, 0.0, 0.5]), (1, [0.5]), (-9, [0.5])])
+def test_only_numbers_that_run_away_count_against_hyperparameters(
+    base, tmp_path, monkeypatch, status, fitnesses
+):
+    statuses = [0, status, 0]
+    monkeypatch.setattr(train.subprocess, "call", lambda _: statuses.pop(0))
+    figures = {"metrics/mAP_0.5": [0.5], "metrics/mAP_0.5:0.95": [0.5]}
+    monkeypatch.setattr(train, "read_results", lambda _: figures)
+    command = [*base, "--name", "search", "--exist-ok", "--evolve", "3"]
+    if len(fitnesses) == 1:
+        with pytest.raises(SystemExit, match=r"^generation 2 failed, see above; the same .* goes"):
+            train.main(command)
+    else:
+        train.main(command)
+    history = read_history(tmp_path / "runs/search/evolve.csv")
+    assert [generation.score.fitness for generation in history] == fitnesses
 
 
 def test_evolve_stops_where_nothing_can_be_trained(base, capfd):

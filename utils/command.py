@@ -21,9 +21,13 @@ REMEDIES = {
 
 OLDEST_TORCH = (2, 6)
 
+NOT_FINITE = 3  # exit status of a run whose numbers ran away, which is no fault of its surroundings
+
 
 def run_command(main: Callable[[], None], when_interrupted: str = "interrupted") -> None:
     """Call the main function of a script; problems of users become one line and exit status 1.
+
+    That of a FloatingPointError is `NOT_FINITE`.
 
     What is not caught here is a mistake of ours, and its traceback should be seen.
 
@@ -40,7 +44,10 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
         main()
     except OSError as error:
         raise SystemExit(f"error: {describe_os_error(error)}") from None
-    except (ValueError, FloatingPointError, MemoryError) as error:
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(NOT_FINITE) from None
+    except (ValueError, MemoryError) as error:
         raise SystemExit(f"error: {error}") from None
     except RuntimeError as error:
         if not is_out_of_memory(error):
