@@ -243,12 +243,9 @@ def search_hyperparameters(
             LOGGER.warning("warning: generation %d failed and counts as fitness 0", number + 1)
             return Score(0.0, 0.0, 0.0)
         if status:  # a full disk or a lost drive says nothing about the hyperparameters
-            began = (
-                f"generation {number + 1} failed, see above; {again}"
-                if number
-                else ("the search has not begun: its first training failed, see above")
-            )
-            raise SystemExit(began)
+            if number == 0:
+                raise SystemExit("the search has not begun: its first training failed, see above")
+            raise SystemExit(f"generation {number + 1} failed, see above; {again}")
         results = read_results(folder / "generation/results.csv")
         pairs = zip(results["metrics/mAP_0.5"], results["metrics/mAP_0.5:0.95"], strict=True)
         return max(Score(fitness(*pair), *pair) for pair in pairs if not math.isnan(pair[0]))
