@@ -116,11 +116,9 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def describe_lost_connection(error: BaseException) -> str:
-    """One line."""
-    text = str(error)
-    if text.startswith(LOST):
-        return text
-    return f"{LOST} ({text.splitlines()[0] if text else type(error).__name__})"
+    """One line, with the first sentence of the error."""
+    text = str(error) or type(error).__name__
+    return text if text.startswith(LOST) else f"{LOST} ({text.splitlines()[0].split('. ')[0]})"
 
 
 def _is_first_to_tell() -> bool:
