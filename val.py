@@ -21,6 +21,7 @@ import argparse
 import csv
 import json
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -430,4 +431,6 @@ def study(
 
 
 if __name__ == "__main__":
+    # What `timeout` and `docker stop` send ends a run as Ctrl-C does: nothing is left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)
