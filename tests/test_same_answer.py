@@ -83,16 +83,17 @@ def test_another_seed_gives_other_weights(train_flags, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_quick")
 def test_another_process_gives_the_same_weights(train_flags, tmp_path, pytestconfig):
     """It has another order of sets."""
     flags = [*train_flags, "--amp", "off", *SPARSE, "--epochs", "1"]
-    environment = {**os.environ, "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "2"}
     program = "import sys, train; train.draw = train.give_verdict = print; train.main(sys.argv[1:])"
-    command = [sys.executable, "-c", program, *flags, "--name", "there"]
-    subprocess.run(command, cwd=pytestconfig.rootpath, env=environment, check=True)
-    train.main([*flags, "--name", "here"])
-    assert_equal_runs(tmp_path / "runs/there", tmp_path / "runs/here")
+    processes = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "2"}
+        command = [sys.executable, "-c", program, *flags, "--name", seed]
+        processes.append(subprocess.Popen(command, cwd=pytestconfig.rootpath, env=environment))
+    assert [process.wait(300) for process in processes] == [0, 0]
+    assert_equal_runs(tmp_path / "runs/1", tmp_path / "runs/2")
 
 
 def test_threads_add_up_the_loss_in_one_order():
