@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -205,15 +206,10 @@ def evaluate(
     Raises:
         ValueError: the network does not have as many classes as there are names.
     """
-    was_training = model.training
-    network = model.eval()
-    if any(parameter.dtype != precision for parameter in itertools.islice(model.parameters(), 1)):
-        network = copy.deepcopy(model).to(precision)
-    network.to(memory_format=torch.channels_last)
-    has_nms = getattr(network, "has_nms", False)
     names = names[:1] if single_cls else names
     tally, watch = Tally(len(names)), Stopwatch(device)
-    try:
+    with _ready(model, precision) as network:
+        has_nms = getattr(network, "has_nms", False)
         _warm_up(network, device, precision)
         for batch in tqdm(loader, desc="evaluate", leave=False, disable=None if progress else True):
             watch.start()
@@ -240,14 +236,11 @@ def evaluate(
                 )
             watch.lap(2)
             detections = _in_original_pixels(detections, batch, single_cls)
-            for image_detections, labels in zip(
-                detections, _labels_in_original_pixels(batch, single_cls), strict=True
-            ):
-                tally.add(image_detections.numpy(), labels)
+            labels = _labels_in_original_pixels(batch, single_cls)
+            for rows, image_labels in zip(detections, labels, strict=True):
+                tally.add(rows.numpy(), image_labels)
             if on_batch is not None:
                 on_batch(batch, detections)
-    finally:
-        model.train(was_training)
 
     tally.seconds = watch.seconds
     tally.losses = [Measured(sums.cpu(), counts.cpu()) for sums, counts in tally.losses]
@@ -258,6 +251,19 @@ def evaluate(
         box, obj, cls = (sum(parts, torch.zeros(3)) / max(whole.num_images, 1)).tolist()
         losses = (box, obj, cls)
     return _summarise(whole, names, losses)
+
+
+@contextmanager
+def _ready(model: nn.Module, precision: torch.dtype) -> Iterator[nn.Module]:
+    """The network, or a copy if its weights have another type; afterwards it is in its old mode."""
+    was_training = model.training
+    network = model.eval()
+    if any(parameter.dtype != precision for parameter in itertools.islice(model.parameters(), 1)):
+        network = copy.deepcopy(model).to(precision)
+    try:
+        yield network.to(memory_format=torch.channels_last)
+    finally:
+        model.train(was_training)
 
 
 def _forward(network: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
