@@ -130,6 +130,15 @@ def tiny_dataset(tmp_path: Path) -> TinyDataset:
     return TinyDataset(root, yaml, images, labels, _TINY_NAMES, num_boxes)
 
 
+@pytest.fixture
+def one_thread():
+    """Networks as small as these only wait for a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Ended(NamedTuple):
     """How a command ended, and what it said; logging goes to `caplog`."""
 

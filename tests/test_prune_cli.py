@@ -16,6 +16,7 @@ from torch import nn
 
 import prune
 from models import Model, ModelSpec
+from utils import profile
 from utils.checkpoint import build_checkpoint, load_detector, save_checkpoint, save_final
 from utils.config import load_yaml
 from utils.evaluate import evaluate as real_evaluate
@@ -27,6 +28,8 @@ from utils.pruning.report import SpeedRow
 from utils.pruning.verdict import Best, History
 
 NAMES = ("disc", "box", "bar")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSIC = ("--shortcut", "keep", "--importance", "gamma", "--compensate", "none")
 SPARSE_SHARE = 0.5  # of the channels that `sparse_model` leaves without any use
 
@@ -44,15 +47,6 @@ def sparse_model(spec, seed=0):
     return model
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks as small as these only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def weights(tiny_spec, tmp_path):
     """Checkpoint of a sparse network, in half precision like all final files."""
@@ -62,12 +56,13 @@ def weights(tiny_spec, tmp_path):
     return path
 
 
+def quick_latency(models, **settings):
+    return real_compare_latency(models, **{**settings, "seconds": 0})
+
+
 @pytest.fixture
 def run(weights, tmp_path, caplog, monkeypatch):
     """Call prune.main in a project folder of its own; returns what it logged."""
-
-    def quick_latency(models, **settings):
-        return real_compare_latency(models, **{**settings, "seconds": 0})
 
     def quick_picture(function, *args, **settings):
         out = next(arg for arg in args[::-1] if isinstance(arg, Path))
@@ -967,9 +962,10 @@ def test_a_missing_gpu_is_said(run):
 
 
 @pytest.mark.slow
-def test_as_a_command(run_script, weights, tmp_path, caplog):
+def test_as_a_command(run_script, weights, tmp_path, caplog, monkeypatch):
     """An error is one line and a code, never a traceback; success is 0."""
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(profile, "compare_latency", quick_latency)
     command = ["prune.py", "--device", "cpu", "--img", "64", "--percent", "0.3"]
     command += ["--project", tmp_path / "runs", "--weights"]
     failed = run_script(*command, tmp_path / "absent.pt")

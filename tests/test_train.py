@@ -31,6 +31,8 @@ from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorm
 from utils.pruning.verdict import History
 from utils.resume import newest_unfinished
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
 def pictures(request, monkeypatch):
