@@ -32,7 +32,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,6 +152,7 @@ BATCH_MEMORY = 0.9  # of that of a GPU, for a batch size that is found by trying
 REHEARSAL_BOXES = 20  # objects in each image of such a trial
 RECOVERY_FACTOR, LEAST_RECOVERY = 0.5, 0.5**5  # of the learning rate with --on-nan recover
 PROGRESS_BATCHES = 10  # between two looks at what the device has computed
+SAVE_SECONDS = 600  # between two checkpoints at most, though an epoch takes longer
 GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
 # Images that the verdict on a sparse network is learnt from and measured on.
 VERDICT_TRAIN_IMAGES, VERDICT_IMAGES, VERDICT_BATCH = 64, 256, 16
@@ -539,6 +540,13 @@ def choose_anchors(
         model.set_anchors(torch.tensor(fitted, dtype=torch.float32))
 
 
+class BeforeStep(NamedTuple):
+    """What batches change before the optimizer does, as it was before the first of them."""
+
+    buffers: list[Tensor]  # of the network: statistics of batch norms
+    loss_sums: Tensor
+
+
 @dataclasses.dataclass
 class Run:
     """What one training run consists of, and where it stands."""
@@ -573,6 +581,8 @@ class Run:
     is_resumed: bool = False
     batches: int = 0  # of the current epoch, that the network has learnt from
     loss_sums: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0))  # over these
+    before: BeforeStep | None = None  # there while batches wait for the step that they belong to
+    saved_at: float = dataclasses.field(default_factory=time.monotonic)
     board: Board | None = None  # TensorBoard
 
     @property
@@ -926,6 +936,11 @@ def train_epochs(
             save_position(run, epoch)
             ranks.wait_for_all()
             raise SystemExit(say_goodbye(run, epoch, len(train_loader))) from None
+        except OSError:  # of a loader, as a rule: its drive has gone, or a worker was killed
+            if devices.world_size() == 1:
+                with suppress(OSError, FloatingPointError):
+                    save_position(run, epoch)
+            raise
         except FloatingPointError as error:
             go_back(run, explain_not_finite(run, error, epoch))
             epoch = run.first_epoch
@@ -1020,7 +1035,7 @@ def say_goodbye(run: Run, epoch: int, num_batches: int) -> int:
 def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
     """One pass over the training images; returns the mean of each of `run.loss_names`.
 
-    It goes on after the first `run.batches`, and may end with `Stopped` between two steps.
+    It goes on after the first `run.batches`, and may end with `Stopped` after any of them.
     """
     begin_epoch(run, loader, epoch)
     pending, is_stopping = 0, False
@@ -1034,39 +1049,47 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
         is_last = index == len(loader) - 1
         # A GPU works on while nothing is read from it; what it did is looked at now and then.
         looks = run.device.type == "cpu" or index % PROGRESS_BATCHES == 0 or is_last
+        # The last batch always steps, so that no gradient waits across a checkpoint.
+        steps = is_last or pending + 1 >= run.schedule.accumulation(step, run.options.batch_size)
+        if not pending and not steps:
+            run.before = remember(run)
         images = to_device(run, batch, epoch, index)
         loss, parts = compute_loss(run, images, batch.targets, is_extra=batch.is_extra)
         unread.append(Reading("the loss", loss.detach(), batch, index))
         if looks:
             check_finite(unread, epoch)
+        if looks or devices.world_size() == 1:
             is_asked = run.stop.signal is not None or ranks.is_orphan()
             is_stopping = ranks.is_true_anywhere(is_asked, run.device)
         # Processes average their gradients; the loss is their sum.
         run.scaler.scale(loss * devices.world_size()).backward()
         run.loss_sums += parts
         pending += 1
-        # The last batch always steps, so that no gradient waits across a checkpoint.
-        if pending >= run.schedule.accumulation(step, run.options.batch_size) or is_last:
+        if steps:
             norm = clip_gradients(run)
             if not run.scaler.is_enabled():  # a scaler leaves steps out that are not finite
                 unread.append(Reading("a gradient", norm, batch, index))
             if looks:
                 check_finite(unread, epoch)
             optimizer_step(run, epoch, norm)
-            pending, run.batches = 0, index + 1
+            pending, run.batches, run.before = 0, index + 1, None
         if index % PROGRESS_BATCHES == 0 or is_last:
             means = run.loss_sums * devices.world_size() / (index + 1)
             show_progress(bar, run, means, settings.lr)
         draw_data(run, loader, batch, epoch, index)
-        if is_stopping and not pending:
+        if is_stopping or (looks and is_saving_due(run)):
             check_finite(unread, epoch)
-            raise Stopped
+            check_weights(run, epoch)
+            if is_stopping:
+                raise Stopped
+            save_position(run, epoch)
     check_weights(run, epoch)
     return (ranks.add_up(run.loss_sums) / max(len(loader), 1)).tolist()
 
 
 def begin_epoch(run: Run, loader: Loader, epoch: int) -> None:
     """Set network, loader and sums to the start of the epoch, or to where it was interrupted."""
+    run.before = None
     run.network.train()
     for norm in run.frozen_norms:
         norm.eval()
@@ -1074,6 +1097,31 @@ def begin_epoch(run: Run, loader: Loader, epoch: int) -> None:
     loader.set_epoch(epoch, run.batches)
     if not run.batches:
         run.loss_sums = torch.zeros(len(run.loss_names), device=run.device)
+
+
+def remember(run: Run) -> BeforeStep:
+    """What `forget_pending` goes back to; nothing waits for the device."""
+    buffers = list(run.model.buffers())
+    copies = [torch.empty_like(buffer) for buffer in buffers]
+    torch._foreach_copy_(copies, buffers)
+    return BeforeStep(copies, run.loss_sums.clone())
+
+
+def forget_pending(run: Run) -> None:
+    """Leave the batches out that no optimizer step has followed yet: a resumed run repeats them."""
+    if run.before is not None:
+        torch._foreach_copy_(list(run.model.buffers()), run.before.buffers)
+        run.loss_sums = run.before.loss_sums
+        run.optimizer.zero_grad(set_to_none=True)
+        run.before = None
+
+
+def is_saving_due(run: Run) -> bool:
+    """Whether a kill would cost much by now; the same answer in all processes, between steps."""
+    if run.before is not None or run.options.nosave:
+        return False
+    is_late = time.monotonic() > run.saved_at + SAVE_SECONDS
+    return ranks.is_true_anywhere(is_late and devices.rank() == 0, run.device)
 
 
 def check_weights(run: Run, epoch: int) -> None:
@@ -1265,6 +1313,8 @@ def give_verdict(
     try:
         with torch.random.fork_rng([]):  # a run that is killed here is resumed without it
             LOGGER.info("%s", judge_network(run, penalty, train_loader, val_loader, so_far))
+    except Stopped:  # all is saved, and the next batch sees the request
+        LOGGER.warning("warning: no verdict on the sparse network: asked to stop")
     except (RuntimeError, ValueError) as error:
         LOGGER.warning("warning: no verdict on the sparse network: %s", error)
 
@@ -1272,12 +1322,18 @@ def give_verdict(
 def judge_network(
     run: Run, penalty: SparsityPenalty, train_loader: Loader, val_loader: Loader, history: History
 ) -> str:
-    """Cut the averaged network as prune.py would, and measure it."""
+    """Cut the averaged network as prune.py would, and measure it.
+
+    Raises:
+        Stopped: the program was asked to end.
+    """
     model = copy.deepcopy(run.ema.model)
     seen = (batch.images for batch in sample_batches(train_loader, VERDICT_TRAIN_IMAGES))
     parts = (part for images in seen for part in images.split(VERDICT_BATCH))
     batches = (part.to(run.device).float() / 255 for part in parts)
-    statistics = measure_inputs(model, find_channel_groups(model, penalty.shortcut), batches)
+    groups = find_channel_groups(model, penalty.shortcut)
+    statistics = measure_inputs(model, groups, run.stop.watch(batches))
+    run.stop.check()
     pruner = build_pruner(
         model,
         run.imgsz,
@@ -1291,9 +1347,12 @@ def judge_network(
     def score(network: Model) -> float:
         fused = copy.deepcopy(network).eval().fuse()
         single_cls = run.options.single_cls
-        return evaluate(
-            fused, sample, run.names, device=run.device, single_cls=single_cls, progress=False
-        ).map50
+        watched = run.stop.watch(sample)
+        result = evaluate(
+            fused, watched, run.names, device=run.device, single_cls=single_cls, progress=False
+        )
+        run.stop.check()
+        return result.map50
 
     verdict = describe_readiness(measure_readiness(pruner, score), history)
     return f"{verdict} (on {sum(len(batch.images) for batch in sample)} validation images)"
@@ -1362,14 +1421,17 @@ def save_epoch(
     save_checkpoint(
         folder / "last.pt", {**content, "training": training_state(run, epoch, is_last)}
     )
+    run.saved_at = time.monotonic()
 
 
 def save_position(run: Run, epoch: int) -> None:
-    """Write last.pt in the middle of an epoch, between two optimizer steps."""
-    run.loss_sums = ranks.add_up(run.loss_sums)
+    """Write last.pt in the middle of an epoch, as it was after the last optimizer step."""
+    forget_pending(run)
+    run.saved_at = time.monotonic()
+    loss_sums = ranks.add_up(run.loss_sums)
     if devices.rank() == 0:
         content = checkpoint_content(run, epoch - 1, None)
-        state = training_state(run, epoch - 1, is_last=False)
+        state = training_state(run, epoch - 1, is_last=False) | {"loss_sums": loss_sums.tolist()}
         save_checkpoint(run.dir / "weights/last.pt", {**content, "training": state})
 
 

@@ -197,9 +197,10 @@ def assert_same_state(a, b, where="training"):
 # The call in which the signal comes, and after how many of its 4 batches the epoch is left.
 STOPS = {
     "first step": ("optimizer_step", 1, signal.SIGTERM, ("dense", 0, 2)),
-    "within an accumulation": ("compute_loss", 7, signal.SIGINT, ("sparse", 1, 4)),
+    "within an accumulation": ("compute_loss", 7, signal.SIGINT, ("sparse", 1, 2)),
+    "verdict": ("measure_readiness", 1, signal.SIGTERM, ("sparse", 1, 0)),
     "validation": ("validate", 2, signal.SIGTERM, ("sparse", 1, 4)),
-    "checkpoint": ("save_epoch", 2, signal.SIGHUP, ("dense", 2, 2)),
+    "checkpoint": ("save_epoch", 2, signal.SIGHUP, ("dense", 2, 0)),
 }
 
 
@@ -207,6 +208,14 @@ STOPS = {
 def whole_states():
     """The last training state of runs that nothing has interrupted, by kind."""
     return {}
+
+
+def whole_state(known, kind, flags, tmp_path):
+    """The last state of that run, which is trained where no test has done so yet."""
+    if kind not in known:
+        train.main([*flags, "--name", "whole"])
+        known[kind] = load_checkpoint(tmp_path / "runs/whole/weights/last.pt")["training"]
+    return known[kind]
 
 
 @pytest.mark.parametrize("case", STOPS)
@@ -218,9 +227,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     monkeypatch.setattr(train, "finish", lambda *_: None)  # it strips the state
     flags = [*base, "--epochs", "3", "--batch", "1", "--nominal-batch", "2", "--optimizer", "AdamW"]
     flags += ["--bn_sparsity", "--sparsity_rate", "auto"] if kind == "sparse" else []
-    if kind not in whole_states:
-        train.main([*flags, "--name", "whole"])
-        whole_states[kind] = load_checkpoint(tmp_path / "runs/whole/weights/last.pt")["training"]
+    whole = whole_state(whole_states, kind, flags, tmp_path)
     with monkeypatch.context() as patched:
         signal_self_at_call(patched, part, number, cause)
         with pytest.raises(SystemExit) as stopped:
@@ -229,12 +236,13 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     parts = tmp_path / "runs/parts"
     assert f"stopped by {cause.name}, saved after batch " in caplog.text
     assert f"python train.py --resume {parts} goes on" in caplog.text
+    assert ("no verdict on the sparse network: asked to stop" in caplog.text) == (case == "verdict")
     state = load_checkpoint(parts / "weights/last.pt")["training"]
     assert (state["epoch"] + 1, state["batches"]) == (epoch, batches)
     train.main(["--resume", str(parts)])
     state = load_checkpoint(parts / "weights/last.pt")["training"]
     assert state["epoch"] == 2
-    assert_same_state(state, whole_states[kind])
+    assert_same_state(state, whole)
     assert [row["epoch"] for row in results_of(parts)] == ["0", "1", "2"]
 
 
@@ -250,6 +258,53 @@ def test_a_run_whose_output_nobody_reads_any_more_goes_on(base, tmp_path, monkey
             train.main([*base, "--epochs", "2"])
     assert stopped.value.code == 130
     assert load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["training"]["epoch"] == 0
+
+
+def test_what_is_saved_now_and_then_is_as_good(base, tmp_path, monkeypatch, whole_states):
+    """Between two steps of a long epoch, for a kill or a power cut; training goes on from there."""
+    saved = []
+
+    def save_and_count(run, epoch):
+        save_position(run, epoch)
+        saved.append((epoch, run.batches))
+        if saved[-1] == (1, 2):
+            raise Interrupted
+
+    save_position = train.save_position
+    monkeypatch.setattr(train, "finish", lambda *_: None)  # it strips the state
+    flags = [*base, "--epochs", "3", "--batch", "1", "--nominal-batch", "2", "--optimizer", "AdamW"]
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "SAVE_SECONDS", -1)
+        patched.setattr(train, "save_position", save_and_count)
+        with pytest.raises(Interrupted):
+            train.main([*flags, "--name", "parts"])
+    assert saved == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 2)]  # warm-up: steps of 1, then 2
+    train.main(["--resume", str(tmp_path / "runs/parts")])
+    state = load_checkpoint(tmp_path / "runs/parts/weights/last.pt")["training"]
+    assert_same_state(state, whole_state(whole_states, "dense", flags, tmp_path))
+
+
+def test_nothing_is_lost_with_a_loader(base, tmp_path, monkeypatch, whole_states):
+    """Its drive has gone, or a worker was killed, while a batch waited for its step."""
+    to_device, calls = train.to_device, []
+
+    def lose(run, batch, epoch, index):
+        calls.append(index)
+        if len(calls) == 8:
+            raise ChildProcessError("a loader process was killed")
+        return to_device(run, batch, epoch, index)
+
+    monkeypatch.setattr(train, "finish", lambda *_: None)  # it strips the state
+    monkeypatch.setattr(train, "to_device", lose)
+    flags = [*base, "--epochs", "3", "--batch", "1", "--nominal-batch", "2", "--optimizer", "AdamW"]
+    last = tmp_path / "runs/a/weights/last.pt"
+    with pytest.raises(OSError, match=r"was killed; then python train.py --resume .*/a goes on fr"):
+        train.main([*flags, "--name", "a"])
+    state = load_checkpoint(last)["training"]
+    assert (state["epoch"], state["batches"]) == (0, 2)
+    train.main(["--resume", str(last)])
+    state = load_checkpoint(last)["training"]
+    assert_same_state(state, whole_state(whole_states, "dense", flags, tmp_path))
 
 
 def test_a_run_killed_in_its_first_epoch_can_be_resumed(base, tmp_path, monkeypatch):

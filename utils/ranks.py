@@ -173,7 +173,7 @@ def gather(value: T) -> list[T]:
 def add_up(tensor: Tensor) -> Tensor:
     """The sum over all processes; nothing waits for the device."""
     if is_connected():
-        tensor = tensor.contiguous()
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(tensor)
     return tensor
 

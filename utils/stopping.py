@@ -61,6 +61,15 @@ class StopRequest:
         elif number == signal.SIGINT and time.monotonic() > self._noted_at + PASSED_ON:
             raise KeyboardInterrupt
 
+    def check(self) -> None:
+        """Go on.
+
+        Raises:
+            Stopped: the program was asked to end.
+        """
+        if self.signal is not None:
+            raise Stopped
+
     def watch(self, items: Iterable[T]) -> Iterator[T]:
         """The items, until the program is asked to end; `signal` then tells."""
         for item in items:
