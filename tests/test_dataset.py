@@ -451,6 +451,20 @@ def test_workers_leave_the_answer_to_signals_to_their_parent(split):
     assert len(list(batches)) == 3
 
 
+def test_a_killed_worker_is_said_where_its_batch_is_asked_for(split):
+    """And not whenever the signal of its end comes, in the midst of a step."""
+    loader = build_loader(DetectionDataset(split, 64), 1, workers=1)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = loader._iterator._workers
+    worker.kill()
+    worker.join()
+    sum(range(10**5))  # signals are answered between instructions
+    with pytest.raises(ChildProcessError, match=r"was killed \(SIGKILL\).* fewer --workers"):
+        list(batches)
+    loader.end_workers()
+
+
 def test_workers_end_with_the_program_though_an_error_holds_their_loader(split):
     """Nobody told them, and their parent waited for as long as they outlive SIGTERM."""
     loader = build_loader(DetectionDataset(split, 64), 1, workers=1)

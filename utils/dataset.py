@@ -17,9 +17,12 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -505,7 +508,8 @@ class Loader(DataLoader[Any]):
     """A loader that yields `Batch` and can be set to any epoch before it is iterated.
 
     Images that cannot be read are named in one warning each and kept in `unreadable`, over all
-    epochs. An `OSError` of the data set is raised as it is, whatever process it comes from.
+    epochs. An `OSError` of the data set is raised as it is, whatever process it comes from. That a
+    worker was killed is a `ChildProcessError`, raised where its batch is asked for.
     """
 
     batch_sampler: EpochBatchSampler
@@ -530,8 +534,28 @@ class Loader(DataLoader[Any]):
             iterator._shutdown_workers()
             self._iterator = None
 
+    def _deliveries(self) -> Iterator[Any]:
+        """What the workers send, or this process makes: each a `_Delivery`."""
+        deliveries: Any = super().__iter__()
+        if self.num_workers and threading.current_thread() is threading.main_thread():
+            _tell_of_lost_workers_when_asked()
+        while True:
+            try:
+                delivery = next(deliveries)
+            except StopIteration:
+                return
+            except (RuntimeError, EOFError, OSError):
+                workers = getattr(deliveries, "_workers", ())
+                if not wait([worker.sentinel for worker in workers], timeout=1):
+                    raise
+                reason = _describe_lost(workers)
+                for worker in workers:
+                    worker.kill()  # it may wait for what that one has held
+                raise ChildProcessError(reason) from None
+            yield delivery
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for number, delivery in enumerate(super().__iter__(), self.batch_sampler.first_batch):
+        for number, delivery in enumerate(self._deliveries(), self.batch_sampler.first_batch):
             for path, problem in delivery.problems.items():
                 if path not in self.unreadable:
                     self.unreadable[path] = problem
@@ -562,6 +586,26 @@ class Loader(DataLoader[Any]):
             if not is_valid or (weights < 0).any():
                 raise ValueError(f"image weights must be {len(dataset)} finite numbers from 0")
         self.batch_sampler.image_weights = weights
+
+
+def _tell_of_lost_workers_when_asked() -> None:
+    """Take back what torch does when a process ends: raise, whatever is being computed.
+
+    In the midst of a step a network is neither what it was nor what it will be. Whoever waits for
+    a batch of a worker that has ended hears of it as well.
+    """
+    if sys.platform != "win32":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _describe_lost(workers: Sequence[BaseProcess]) -> str:
+    """One line: how the first of them that has ended did so, and what to do."""
+    code = next(worker.exitcode for worker in workers if worker.exitcode is not None)
+    how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with status {code}"
+    return (
+        f"a loader process {how}, as happens where memory or shared memory (/dev/shm) runs out; "
+        "use fewer --workers, or give it more, in Docker by --shm-size"
+    )
 
 
 _WITH_WORKERS: weakref.WeakSet[Loader] = weakref.WeakSet()
