@@ -188,6 +188,27 @@ def test_an_image_lost_after_the_scan_becomes_an_empty_picture(split, caplog, ha
     assert [len(batch.targets) for batch in loader] == [2, 1, 3, 0], "it has come back"
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are none")
+def test_nobody_waits_for_a_pipe_in_the_place_of_an_image(split):
+    """Nor when others are looked at to tell a lost image from a lost drive."""
+
+    def give_up(*_):
+        pytest.fail("waited")
+
+    Path(split.paths[0]).unlink()
+    os.mkfifo(split.paths[0])
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(5)
+    try:
+        item = DetectionDataset(split, 64)[0]
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    ((path, what),) = item.problems
+    assert path == split.paths[0]
+    assert what.startswith(f"{path}: not a regular file but a pipe or a device")
+
+
 def test_the_parts_of_a_mosaic_that_were_lost_are_named(split):
     for path in split.paths[1:]:
         Path(path).unlink()

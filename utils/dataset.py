@@ -53,7 +53,8 @@ from utils.augment import (
 from utils.boxes import Letterbox
 from utils.config import Hyperparameters
 from utils.image_cache import build_image_cache, num_usable_cores
-from utils.image_files import REDUCTIONS, read_image
+from utils.image_files import MAX_FILE_BYTES, REDUCTIONS, read_image
+from utils.regular_file import open_regular
 from utils.scan import ScanReport, Split, scan_split
 
 __all__ = [
@@ -324,7 +325,7 @@ class DetectionDataset(Dataset[Item]):
 
 def _can_be_read(path: str) -> bool:
     try:
-        with Path(path).open("rb") as file:
+        with open_regular(path, MAX_FILE_BYTES) as file:
             return bool(file.read(1))
     except OSError:
         return False
