@@ -1125,8 +1125,14 @@ def is_saving_due(run: Run) -> bool:
 
 
 def check_weights(run: Run, epoch: int) -> None:
-    """Statistics of batch norms can be spoilt by a batch whose loss is finite."""
-    name = first_not_finite(run.model.state_dict()) or first_not_finite(run.ema.model.state_dict())
+    """Statistics of batch norms, and squares in the optimizer, can be spoilt by a finite loss."""
+    kept = {
+        f"{what} of {name}": value
+        for name, parameter in run.model.named_parameters()
+        for what, value in run.optimizer.state.get(parameter, {}).items()
+    }
+    states = (run.model.state_dict(), run.ema.model.state_dict(), kept)
+    name = next(filter(None, map(first_not_finite, states)), None)
     if name is not None:
         raise FloatingPointError(f"after epoch {epoch} the values of {name} are not all finite")
 

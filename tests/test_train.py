@@ -1028,6 +1028,23 @@ def test_spoilt_statistics_are_not_saved(base, tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["training"]["epoch"] == -1
 
 
+def test_an_optimizer_that_is_spoilt_alone_is_recovered_from(base, tmp_path, monkeypatch, caplog):
+    """A square that overflows leaves the weights as they are: the step divides by it."""
+    original, calls = train.optimizer_step, []
+
+    def step(run, *arguments):
+        original(run, *arguments)
+        calls.append(run)
+        if len(calls) == 2:
+            run.optimizer.state[run.model.model[1].conv.weight]["exp_avg_sq"][0] = math.inf
+
+    monkeypatch.setattr(train, "optimizer_step", step)
+    train.main([*base, "--epochs", "1", "--optimizer", "AdamW", "--on-nan", "recover"])
+    words = "the values of exp_avg_sq of model.1.conv.weight are not all finite; back to epoch 0"
+    assert words in caplog.text
+    assert load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["epoch"] == 0
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_a_step_that_is_not_finite_is_left_out_on_the_device(tiny_spec, optimizer):
     """On a GPU nobody looks at the norm before the step; the next one starts as if alone."""
@@ -1287,6 +1304,10 @@ REFUSED = {
     "rule without penalty": (["--shortcut", "keep"], "--shortcut acts only with --bn_sparsity"),
     "nothing to go back to": (["--on-nan", "recover", "--nosave"], "--nosave leaves out"),
     "rate not finite": (["--bn_sparsity", "--sparsity_rate", "nan"], "--sparsity-rate is nan"),
+    "rate beyond sense": (
+        ["--bn_sparsity", "--sparsity_rate", "1e30"],
+        "--sparsity_rate is 1e+30, expected at most 100; 1e-4 to 1e-2 are usual",
+    ),
     "gain without teacher": (["--distill-gain", "2"], "--distill-gain acts only with --teacher"),
     "gain below 0": (["--teacher", "x.pt", "--distill-gain", "-1"], "--distill-gain is -1"),
     "frozen rows": (["--freeze", "2", "-1"], "--freeze is -1, expected at least 0"),

@@ -35,6 +35,8 @@ LEAST_VALUES = {
     **dict.fromkeys(("workers", "patience", "sparsity_rate", "distill_gain"), 0),
     **dict.fromkeys(("seed", "freeze", "evolve"), 0),
 }
+# More than 10, the longest that a gradient can be, leaves nothing of it; numbers must stay finite.
+MAX_SPARSITY_RATE = 100
 # A flag that does nothing without another.
 ACTS_ONLY_WITH = {
     **dict.fromkeys(
@@ -251,6 +253,11 @@ def parse_args(
     check_device(parser, options)
     check_imgsz(parser, options)
     check_least(parser, options, LEAST_VALUES)
+    if options.sparsity_rate != "auto" and options.sparsity_rate > MAX_SPARSITY_RATE:
+        parser.error(
+            f"--sparsity_rate is {options.sparsity_rate:g}, expected at most {MAX_SPARSITY_RATE}; "
+            "1e-4 to 1e-2 are usual, auto chooses"
+        )
     check_batch_size(parser, options)
     check_shares(parser, options, ("sparsity_cost", "sparsity_share"))
     if options.sparsity_share == 0:
