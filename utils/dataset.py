@@ -602,10 +602,12 @@ def _tell_of_lost_workers_when_asked() -> None:
 def _describe_lost(workers: Sequence[BaseProcess]) -> str:
     """One line: how the first of them that has ended did so, and what to do."""
     code = next(worker.exitcode for worker in workers if worker.exitcode is not None)
-    how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with status {code}"
+    what = f"a loader process ended with status {code}"
+    if code < 0:
+        what = f"a loader process was killed ({signal.Signals(-code).name})"
     return (
-        f"a loader process {how}, as happens where memory or shared memory (/dev/shm) runs out; "
-        "use fewer --workers, or give it more, in Docker by --shm-size"
+        f"{what}, as happens where memory or shared memory (/dev/shm) runs out; use fewer "
+        "--workers, or give it more, in Docker by --shm-size"
     )
 
 
