@@ -472,17 +472,19 @@ def test_workers_leave_the_answer_to_signals_to_their_parent(split):
     assert len(list(batches)) == 3
 
 
-def test_a_killed_worker_is_said_where_its_batch_is_asked_for(split):
+@pytest.mark.parametrize("num_read", [1, 4])
+def test_a_killed_worker_is_said_where_its_batch_is_asked_for(split, num_read):
     """And not whenever the signal of its end comes, in the midst of a step."""
     loader = build_loader(DetectionDataset(split, 64), 1, workers=1)
     batches = iter(loader)
-    next(batches)
+    for _ in range(num_read):
+        next(batches)
     (worker,) = loader._iterator._workers
     worker.kill()
     worker.join()
     sum(range(10**5))  # signals are answered between instructions
     with pytest.raises(ChildProcessError, match=r"was killed \(SIGKILL\).* fewer --workers"):
-        list(batches)
+        list(itertools.chain(batches, loader))
     loader.end_workers()
 
 

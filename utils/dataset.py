@@ -537,23 +537,19 @@ class Loader(DataLoader[Any]):
 
     def _deliveries(self) -> Iterator[Any]:
         """What the workers send, or this process makes: each a `_Delivery`."""
-        deliveries: Any = super().__iter__()
-        if self.num_workers and threading.current_thread() is threading.main_thread():
-            _tell_of_lost_workers_when_asked()
-        while True:
-            try:
-                delivery = next(deliveries)
-            except StopIteration:
-                return
-            except (RuntimeError, EOFError, OSError):
-                workers = getattr(deliveries, "_workers", ())
-                if not wait([worker.sentinel for worker in workers], timeout=1):
-                    raise
-                reason = _describe_lost(workers)
-                for worker in workers:
-                    worker.kill()  # it may wait for what that one has held
-                raise ChildProcessError(reason) from None
-            yield delivery
+        try:
+            deliveries = super().__iter__()
+            if self.num_workers and threading.current_thread() is threading.main_thread():
+                _tell_of_lost_workers_when_asked()
+            yield from deliveries
+        except (RuntimeError, EOFError, OSError):
+            workers = getattr(self._iterator, "_workers", ())
+            if not wait([worker.sentinel for worker in workers], timeout=1):
+                raise
+            reason = _describe_lost(workers)
+            for worker in workers:
+                worker.kill()  # it may wait for what that one has held
+            raise ChildProcessError(reason) from None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for number, delivery in enumerate(self._deliveries(), self.batch_sampler.first_batch):
