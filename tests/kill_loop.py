@@ -2,10 +2,12 @@
 
     python -m tests.kill_loop --kills 60 --folder /tmp/kills
 
-Each run is killed (SIGKILL), asked to end (SIGTERM, Ctrl-C) and resumed until it is over. After
-every kill its last.pt must load; at the end its results, and all that a checkpoint holds, must be
-those of a run that nothing has interrupted. Takes minutes, so it is no part of the test suite.
-Needs fork, so it runs on Linux and macOS.
+Each run is killed (SIGKILL), asked to end (SIGTERM, Ctrl-C) and resumed until it is over; the
+signal goes to the training alone or, as from a terminal, to its loader process too. Half of the
+runs write into a pipe that is closed at that moment, as behind `| tee`; it may be all that happens.
+After every kill its last.pt must load; at the end its results, and all that a checkpoint holds,
+must be those of a run that nothing has interrupted. Takes minutes, so it is no part of the test
+suite. Needs fork, so it runs on Linux and macOS.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -70,10 +73,12 @@ def main() -> None:
         run_dir = options.folder / "runs" / name
         while not is_finished(run_dir):
             argv = command(flags, kind, name, run_dir)
-            pid = start(argv, options.folder / f"{name}.log", phase)
+            is_killed = tally.total() < options.kills
+            reader, output = open_output(options.folder / f"{name}.log", is_killed, rng)
+            pid = start(argv, output, phase, reader)
             groups.append(pid)
-            if tally.total() < options.kills:
-                tally.update(kill(pid, phase, rng))
+            if is_killed:
+                tally.update(kill(pid, phase, rng, reader))
                 print(f"{tally.total()} kills", end="\r", flush=True)
             _, status = os.waitpid(pid, 0)
             code = os.waitstatus_to_exitcode(status)
@@ -87,7 +92,7 @@ def main() -> None:
     left = [group for group in groups if is_alive(group)]
     print(f"{tally.total()} kills, {runs.total()} runs equal to the uninterrupted ones")
     for (where, cause), count in sorted(tally.items()):
-        print(f"  {where:16s} {cause:8s} {count}")
+        print(f"  {where:16s} {cause:20s} {count}")
     print(f"processes left over: {len(left)}")
 
 
@@ -122,15 +127,27 @@ def command(flags: list[str], kind: str, name: str, run_dir: Path) -> list[str]:
     return [*flags, *KINDS[kind], "--name", name, "--exist-ok"]
 
 
-def start(argv: list[str], log: Path, phase: mmap.mmap) -> int:
-    """Train in a process of its own, which leads a process group; returns its id."""
+def open_output(log: Path, may_be_pipe: bool, rng: random.Random) -> tuple[int | None, int]:
+    """Where a run writes: into its log, or into a pipe, whose other end comes first."""
+    if may_be_pipe and rng.random() < 0.5:
+        return os.pipe()  # it holds more than such a run writes, so nobody need read it
+    return None, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+
+def start(argv: list[str], output: int, phase: mmap.mmap, reader: int | None = None) -> int:
+    """Train in a process of its own, which leads a process group; returns its id.
+
+    Closes `output`; `reader` is its other end, which only this process shall have.
+    """
     phase[0] = 0
     sys.stdout.flush()
     pid = os.fork()
     if pid:
+        os.close(output)
         return pid
     os.setsid()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    if reader is not None:
+        os.close(reader)
     os.dup2(output, 1)
     os.dup2(output, 2)
     for number, name in enumerate(PHASES[1:], start=1):
@@ -154,7 +171,8 @@ def start(argv: list[str], log: Path, phase: mmap.mmap) -> int:
     except KeyboardInterrupt:
         code = 130
     finally:
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(code)
     return 0
 
@@ -172,8 +190,13 @@ def tell(name: str, number: int, phase: mmap.mmap) -> None:
     setattr(train, name, call)
 
 
-def kill(pid: int, phase: mmap.mmap, rng: random.Random) -> list[tuple[str, str]]:
-    """Wait for some phase and a moment more, then signal; returns where and how, if it did."""
+def kill(
+    pid: int, phase: mmap.mmap, rng: random.Random, reader: int | None
+) -> list[tuple[str, str]]:
+    """Wait for some phase and a moment more, then signal; returns where and how, if it did.
+
+    `reader` is closed first.
+    """
     wanted, cause = rng.choices(range(len(PHASES)), (1, 4, 3, 2, 4, 1))[0], rng.choice(CAUSES)
     skipped = rng.randrange(4)  # of the times that the phase comes
     deadline = time.monotonic() + 120
@@ -187,11 +210,17 @@ def kill(pid: int, phase: mmap.mmap, rng: random.Random) -> list[tuple[str, str]
             time.sleep(0.0002)
     longest = {"start": 2.0, "train_one_epoch": 0.12}.get(PHASES[wanted], 0.03)
     time.sleep(rng.uniform(0, longest))
-    if has_ended(pid):
+    is_late, where, how = has_ended(pid), PHASES[phase[0]], []
+    if reader is not None:
+        os.close(reader)
+        how.append("pipe")
+    if is_late:
         return []
-    where = PHASES[phase[0]]
-    os.kill(pid, cause)
-    return [(where, cause.name)]
+    if reader is None or rng.random() < 0.7:
+        is_for_all = rng.random() < 0.5
+        (os.killpg if is_for_all else os.kill)(pid, cause)
+        how.append(f"{cause.name} to {'all' if is_for_all else 'it'}")
+    return [(where, ", ".join(how))]
 
 
 def has_ended(pid: int) -> bool:
@@ -225,7 +254,8 @@ def is_finished(run_dir: Path) -> bool:
 
 def train_whole(flags: list[str], kind: str, folder: Path, phase: mmap.mmap) -> Path:
     """The same training without a kill."""
-    pid = start([*flags, *KINDS[kind], "--name", f"{kind}-whole"], folder / f"{kind}.log", phase)
+    _, output = open_output(folder / f"{kind}.log", False, random.Random())
+    pid = start([*flags, *KINDS[kind], "--name", f"{kind}-whole"], output, phase)
     _, status = os.waitpid(pid, 0)
     if status:
         sys.exit(f"the run without kills has failed, see {folder / kind}.log")
