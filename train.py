@@ -43,6 +43,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from models import Model, ModelSpec
+from models.yolo import MAX_WEIGHTS
 from utils import device as devices
 from utils import ranks
 from utils.anchors import check_anchors, fit_anchors
@@ -52,6 +53,7 @@ from utils.checkpoint import (
     build_checkpoint,
     load_checkpoint,
     load_detector,
+    most_weights,
     save_checkpoint,
     save_final,
     transfer_weights,
@@ -108,6 +110,7 @@ from utils.optim import (
     freeze,
     frozen_rows,
     num_warmup_steps,
+    restore_optimizer,
     set_step,
 )
 from utils.plots import draw, plot_batch, plot_gamma_history, plot_labels, plot_results
@@ -134,6 +137,7 @@ from utils.pruning.verdict import (
 )
 from utils.resume import (
     Resumed,
+    check_alike,
     find_resumed,
     naming_damage,
     summarize_data,
@@ -271,6 +275,7 @@ class Inputs(NamedTuple):
     hyp: Hyperparameters
     spec: ModelSpec
     source: Detector | None  # where the weights come from
+    max_weights: int  # that the network may have
     teacher: Path | None
     data: DatasetSpec
 
@@ -279,13 +284,15 @@ def find_inputs(options: argparse.Namespace, resumed: Resumed | None) -> Inputs:
     """Hyperparameters, network, weights, and last, as it may be a long download, the data."""
     if resumed:
         hyp = Hyperparameters(**resumed.content["hyp"])
-        spec, source = ModelSpec.from_dict(resumed.content["spec"], "checkpoint"), None
+        spec, source = ModelSpec.from_dict(resumed.content["spec"], str(resumed.path)), None
+        max_weights = most_weights(resumed.content["model"])
     else:
         hyp = load_hyperparameters(find_config(options.hyp, ["data/hyps"], ROOT))
         if options.label_smoothing is not None:
             hyp = dataclasses.replace(hyp, label_smoothing=options.label_smoothing)
         source = load_detector(find_weights(options.weights, ROOT)) if options.weights else None
         spec = choose_spec(options, hyp, source)
+        max_weights = MAX_WEIGHTS
     teacher = find_teacher(options, resumed)
     data = load_data(options)
     if resumed and list(data.names) != resumed.content["names"]:
@@ -293,7 +300,8 @@ def find_inputs(options: argparse.Namespace, resumed: Resumed | None) -> Inputs:
             f"{data.source}: the classes are {', '.join(data.names)}, but the run to resume has "
             f"{', '.join(resumed.content['names'])}"
         )
-    return Inputs(hyp, spec.with_num_classes(data.num_classes), source, teacher, data)
+    spec = spec.with_num_classes(data.num_classes)
+    return Inputs(hyp, spec, source, max_weights, teacher, data)
 
 
 def choose_spec(
@@ -410,7 +418,7 @@ def check_share(options: argparse.Namespace, count: int) -> None:
 
 def build_network(inputs: Inputs, options: argparse.Namespace) -> Model:
     """The network to train, with whatever weights fit from its source."""
-    model = Model(inputs.spec)
+    model = Model(inputs.spec, inputs.max_weights)
     if inputs.source is not None:
         # With --cfg, and where new anchors are asked for, those of the weights do not count.
         own_anchors = isinstance(inputs.spec.anchors, int) or bool(
@@ -763,22 +771,29 @@ def find_best(inputs: Inputs, options: argparse.Namespace) -> Best:
 
 def restore_run(run: Run, state: dict[str, Any]) -> None:
     """Continue from the training part of a checkpoint."""
+    fresh = training_state(run, -1, is_last=False)
+    check_alike(
+        {k: v for k, v in state.items() if k != "optimizer"},
+        {k: v for k, v in fresh.items() if k != "data"},
+        "training",
+    )
     run.model.load_state_dict(state["model"])
     # It keeps a copy of the anchors.
     run.loss = DetectionLoss(run.model.head.anchors, run.loss.settings, ranks.add_up)
     run.ema.load_state_dict(state["ema"])
-    is_fused = [group["fused"] for group in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(state["optimizer"])
-    for group, fused in zip(run.optimizer.param_groups, is_fused, strict=True):
-        group["fused"] = fused  # as it is built here, not as it was on another machine or version
-    run.scaler.load_state_dict(state["scaler"])
+    restore_optimizer(run.optimizer, state["optimizer"])
+    if state["scaler"]:  # empty where the run did without, in another precision
+        run.scaler.load_state_dict(state["scaler"])
     # A run that stopped early and was killed before its last touches has nothing left to train.
     run.first_epoch = run.options.epochs if state["is_last"] else state["epoch"] + 1
     run.is_resumed = True
     # Versions before saved between epochs alone. With another batch size it is as many images.
     ratio = state.get("batch_size", run.options.batch_size) / run.options.batch_size
     run.batches = round(state.get("batches", 0) * ratio)
-    run.loss_sums = torch.tensor(state.get("loss_sums", ()), device=run.device) * ratio
+    sums = state.get("loss_sums", ())
+    if len(sums) != len(run.loss_names) and (sums or run.batches):
+        raise ValueError(f"{len(sums)} sums of {len(run.loss_names)} losses")
+    run.loss_sums = torch.tensor(sums, device=run.device) * ratio
     if devices.rank() != 0:
         run.loss_sums.zero_()  # what is saved is the sum over all processes
     run.best_fitness, run.best_epoch = state["best_fitness"], state["best_epoch"]
@@ -789,6 +804,12 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     if run.penalty is not None and "penalty" in state:  # versions before had none
         run.penalty.load_state_dict(state["penalty"])
     run.gammas = [GammaStatistics(**row) for row in state["gammas"]]
+    if run.penalty is not None:
+        wanted = gamma_statistics(run.ema.model, run.penalty.shortcut)
+        for row in run.gammas:
+            check_alike(dataclasses.asdict(row), dataclasses.asdict(wanted), "gammas")
+            if row.layers.keys() != wanted.layers.keys():
+                raise ValueError("gammas are those of another network")
     torch.set_rng_state(state["torch_rng"])
 
 

@@ -1105,6 +1105,10 @@ def spoil_shape(state):
     state["model"]["model.0.conv.weight"] = torch.zeros(1)
 
 
+def spoil_moment(state):
+    state["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(2)
+
+
 # What is wrong with last.pt, and what is said about it.
 DAMAGES = {
     "nothing": (lambda c: c.update(training=None), r"\(training missing, or of the wrong kind\)"),
@@ -1116,13 +1120,30 @@ DAMAGES = {
     "hyp": (lambda c: c["hyp"].pop("lr0"), r"\(TypeError, .*'lr0'\)"),
     "within": (lambda c: c["training"]["ema"].pop("updates"), r"\(KeyError, 'updates'\)"),
     "groups": (lambda c: spoil_lr(c["training"]), r"\(ValueError, .* parameter groups\)"),
-    "shape": (lambda c: spoil_shape(c["training"]), r"\(RuntimeError, size mismatch for model.0"),
-    "rng": (lambda c: c["training"].update(torch_rng=torch.zeros(3)), r"\((Type|Runtime)Error, "),
+    "shape": (lambda c: spoil_shape(c["training"]), r"training.model.model.0.conv.weight is not"),
+    "rng": (lambda c: c["training"].update(torch_rng=torch.zeros(3)), r"training.torch_rng is not"),
+    "moments": (lambda c: spoil_moment(c["training"]), r"moments of another shape"),
+    "classes": (lambda c: c["training"].update(class_maps=torch.zeros(9)), r"class_maps is not"),
+    "sums": (lambda c: c["training"].update(loss_sums=[math.nan] * 3), r"loss_sums is \[nan, "),
+    "two sums": (lambda c: c["training"].update(loss_sums=[1.0] * 2), r"2 sums of 3 losses"),
+    "batches": (lambda c: c["training"].update(batches=-5), r"batches is -5, expected 0 to inf"),
+    "far ahead": (lambda c: c["training"].update(epoch=10**9), r"epoch is 1000000000, expected -1"),
+    "no data": (lambda c: c["training"].update(data={"training": {}}), r"\(KeyError, 'images'\)"),
+    "unknown hyp": (lambda c: c["hyp"].update(foo=1), r"\(TypeError, .*'foo'\)"),
+    "odd hyp": (lambda c: c["hyp"].update(lr0=-1), r"lr0 = -1 lies outside"),
+    "epochs": (lambda c: c["options"].update(epochs="many"), r"epochs: invalid int value: 'many'"),
+    "batch": (lambda c: c["options"].update(batch_size=0), r"--batch-size is 0, expected at least"),
+    "optimizer": (lambda c: c["options"].update(optimizer="L"), r"--optimizer: invalid choice"),
+    "switch": (lambda c: c["options"].update(rect=5), r"--rect is 5, expected true or false"),
+    "imgsz": (lambda c: c["options"].update(imgsz=10**9), r"--imgsz is 1000000000, expected at"),
+    "rows": (lambda c: c["options"].update(freeze="x"), r"--freeze: invalid int value: 'x'"),
+    "seed": (lambda c: c["options"].update(seed=10**30), r"--seed is 1000000000\d*, expected at"),
     "gammas": (lambda c: c["training"].update(gammas=[{"x": 1}]), r"\(TypeError, .*'x'\)"),
 }  # fmt: skip
 
 
 def test_a_damaged_training_state_is_one_line(base, tmp_path, monkeypatch):
+    """In spite of it nothing of the run folder has changed."""
     train_until(monkeypatch, 0, [*base, "--epochs", "2"])
     last = tmp_path / "runs/exp/weights/last.pt"
     whole = last.read_bytes()
@@ -1130,7 +1151,7 @@ def test_a_damaged_training_state_is_one_line(base, tmp_path, monkeypatch):
         last.write_bytes(whole)
         content = load_checkpoint(last)
         spoil(content)
-        save_checkpoint(last, content)
+        torch.save(content, last)
         with pytest.raises(ValueError, match=words) as caught:
             train.main(["--resume", str(last)])
         assert str(caught.value).startswith(f"--resume {last}: its training state is"), case

@@ -196,15 +196,18 @@ def load_detector(path: Path, device: torch.device | str = "cpu") -> Detector:
         names, state_dict = tuple(content["names"]), content["model"]
     if len(names) != spec.num_classes:
         raise ValueError(f"{path}: {len(names)} class names for {spec.num_classes} classes")
-    # A file of a few bytes must not ask for a network of gigabytes.
-    num_values = sum(tensor.numel() for tensor in state_dict.values())
-    model = Model(spec, max_weights=max(2 * num_values, LITTLE))
+    model = Model(spec, max_weights=most_weights(state_dict))
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise ValueError(f"{path}: the tensors do not fit the network: {reason}") from None
     return Detector(model.eval().to(device), names, content)
+
+
+def most_weights(state_dict: Mapping[str, Tensor]) -> int:
+    """What its network may have: a file of a few bytes must not ask for one of gigabytes."""
+    return max(2 * sum(tensor.numel() for tensor in state_dict.values()), LITTLE)
 
 
 def transfer_weights(

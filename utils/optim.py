@@ -69,6 +69,26 @@ def build_optimizer(
     raise ValueError(f"unknown optimizer {name!r}; known are {', '.join(OPTIMIZERS)}")
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Go on from its `state_dict`, with the settings that it is built with here.
+
+    Raises:
+        ValueError: a part of the state does not fit; torch says more of what does not.
+    """
+    built = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(dict(state))
+    for group, settings in zip(optimizer.param_groups, built, strict=True):
+        group.update(settings)  # one may be fused or not, on another machine or version
+    is_sgd = isinstance(optimizer, torch.optim.SGD)
+    names = {"momentum_buffer"} if is_sgd else {"step", "exp_avg", "exp_avg_sq"}
+    for parameter, moments in optimizer.state.items():
+        shapes = {n: getattr(m, "shape", None) for n, m in moments.items() if m is not None}
+        if not names >= shapes.keys() or (shapes.keys() != names and not is_sgd):
+            raise ValueError(f"the optimizer holds {', '.join(map(str, shapes))}")
+        if any(shape != (() if n == "step" else parameter.shape) for n, shape in shapes.items()):
+            raise ValueError("the optimizer holds moments of another shape")
+
+
 class StepSettings(NamedTuple):
     """What an optimizer step uses."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from utils.claim import claim, find_claimed
 from utils.command import is_out_of_memory
 from utils.config import Hyperparameters, expand_home, load_yaml
 from utils.flags.checks import flag_of
-from utils.flags.train import RESUME_FLAGS, build_parser
+from utils.flags.train import RESUME_FLAGS, parse_saved
 from utils.run_dir import to_plain
 from utils.scan import Split
 
@@ -82,8 +83,10 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
         )
     check_training_state(content, path)
     # A run of an older version does not know the newer flags, and goes on as it began.
-    defaults = vars(build_parser().parse_args([])) | {"sparsity_cost": 0.0, "sparsity_share": 1.0}
-    merged = argparse.Namespace(**{**defaults, **content["options"]})
+    older = {"sparsity_cost": 0.0, "sparsity_share": 1.0}
+    with naming_damage(path):
+        merged = parse_saved(older | content["options"])
+        check_progress(content["training"], merged.epochs)
     merged.allow_download_scripts = (
         False  # the file may be a stranger's; only who types it allows it
     )
@@ -118,6 +121,57 @@ def check_training_state(content: Mapping[str, Any], path: Path) -> None:
         raise damaged(path, f"{', '.join(wrong)} missing, or of the wrong kind")
     with naming_damage(path):
         Hyperparameters(**content["hyp"])
+
+
+def check_progress(state: Mapping[str, Any], epochs: int) -> None:
+    """Stop if the run cannot have come as far as its state says.
+
+    Raises:
+        ValueError: names the number.
+    """
+    for name, low, high in (
+        ("epoch", -1, epochs - 1),
+        ("best_epoch", 0, epochs - 1),
+        ("batches", 0, math.inf),
+        ("batch_size", 1, math.inf),
+        ("lr_factor", 0, 1),
+        ("best_fitness", -1, 1),
+    ):
+        value = state.get(name, low)
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}, expected {low} to {high}")
+    sums = state.get("loss_sums", [])
+    if not all(math.isfinite(value) for value in sums):
+        raise ValueError(f"loss_sums is {sums}")
+
+
+def check_alike(saved: Any, fresh: Any, where: str) -> None:
+    """Stop if a part of a saved state is of another kind or shape than in a fresh run.
+
+    What one of the two lacks is left to who restores it; lists may have any length.
+
+    Raises:
+        ValueError: names the part.
+    """
+    if isinstance(fresh, Tensor):
+        is_good = isinstance(saved, Tensor) and (saved.shape, saved.dtype) == (
+            fresh.shape,
+            fresh.dtype,
+        )
+    elif isinstance(fresh, Mapping):
+        is_good = isinstance(saved, Mapping)
+        for key in (key for key in fresh if is_good and key in saved):
+            check_alike(saved[key], fresh[key], f"{where}.{key}")
+    elif isinstance(fresh, list | tuple):
+        is_good = isinstance(saved, list | tuple)
+        for pair in zip(saved, fresh, strict=False) if is_good else ():
+            check_alike(*pair, f"one of {where}")
+    elif isinstance(fresh, float):
+        is_good = type(saved) in (int, float) and math.isfinite(saved)
+    else:
+        is_good = fresh is None or type(saved) is type(fresh)
+    if not is_good:
+        raise ValueError(f"{where} is not what it must be")
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 from utils.choices import (
     AMP_CHOICES,
@@ -37,6 +38,7 @@ LEAST_VALUES = {
 }
 # More than 10, the longest that a gradient can be, leaves nothing of it; numbers must stay finite.
 MAX_SPARSITY_RATE = 100
+MAX_SEED = 2**32 - 1 - 1024  # NumPy takes 32 bits, and each process adds its number
 # A flag that does nothing without another.
 ACTS_ONLY_WITH = {
     **dict.fromkeys(
@@ -250,6 +252,45 @@ def parse_args(
     if options.ft_pruned_model and not options.weights:
         parser.error("--ft_pruned_model needs the pruned checkpoint: give --weights")
     check_validation_and_loading(parser, options, given)
+    check_values(parser, options)
+    if options.sparsity_share is None:
+        options.sparsity_share = AUTO_SHARE if options.sparsity_rate == "auto" else 1.0
+    return options, given
+
+
+def parse_saved(saved: Mapping[str, Any]) -> argparse.Namespace:
+    """The options of a saved run, with the default for what is missing, checked as if typed.
+
+    Raises:
+        ValueError: one is not what the command line would take.
+    """
+    parser = build_parser()
+    parser.error = _raise_value_error  # type: ignore[method-assign, assignment]
+    words: list[str] = []
+    for action in parser._actions:
+        value = saved.get(action.dest)
+        if value is None or action.dest in ("help", "resume"):
+            continue
+        flag = action.option_strings[0]
+        if action.nargs == 0 and not isinstance(value, bool):
+            parser.error(f"{flag} is {value!r}, expected true or false")
+        elif action.nargs == "+":
+            words += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+        elif action.nargs != 0:
+            words.append(f"{flag}={value}")
+        elif value:
+            words.append(flag)
+    options = parser.parse_args(words)
+    check_values(parser, options)
+    return argparse.Namespace(**{**saved, **vars(options)})
+
+
+def _raise_value_error(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def check_values(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse numbers out of range, and devices that mean nothing."""
     check_device(parser, options)
     check_imgsz(parser, options)
     check_least(parser, options, LEAST_VALUES)
@@ -262,11 +303,10 @@ def parse_args(
     check_shares(parser, options, ("sparsity_cost", "sparsity_share"))
     if options.sparsity_share == 0:
         parser.error("--sparsity_share is 0, expected more, to 1")
-    if options.sparsity_share is None:
-        options.sparsity_share = AUTO_SHARE if options.sparsity_rate == "auto" else 1.0
     if options.label_smoothing is not None and not 0 <= options.label_smoothing < 1:
         parser.error(f"--label-smoothing is {options.label_smoothing}, expected 0 to below 1")
-    return options, given
+    if options.seed > MAX_SEED:
+        parser.error(f"--seed is {options.seed}, expected at most {MAX_SEED}")
 
 
 def check_validation_and_loading(
