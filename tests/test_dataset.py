@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -484,7 +484,7 @@ def test_a_killed_worker_is_said_where_its_batch_is_asked_for(split, num_read):
     worker.join()
     sum(range(10**5))  # signals are answered between instructions
     with pytest.raises(ChildProcessError, match=r"was killed \(SIGKILL\).* fewer --workers"):
-        list(itertools.chain(batches, loader))
+        list(chain(batches, loader))
     loader.end_workers()
 
 

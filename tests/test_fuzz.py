@@ -6,6 +6,7 @@ inputs every time, and the counts at its end:
     FUZZ_EXAMPLES=20000 python -m pytest tests/test_fuzz.py -s
 """
 
+import json
 import logging
 import math
 import os
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from models import Model, ModelSpec
 from tests.test_backends import export
 from utils import image_files
@@ -433,13 +435,13 @@ def test_checkpoints(tiny_spec, tmp_path):
 
 # ------------------------------------------------------------------------------- exported networks
 # What stands between quotation marks in an OpenVINO description, and must not.
-ODD_VALUES = [
+ODD_WORDS = [
     *(b"", b"0", b"-1", b"x", b"nan", b"9" * 40, b"4294967296", b"18446744073709551615"),
     *(b"1,3,-5", b"1,3,1000000,1000000", b"string", b"boolean", b"u1", b"f64"),
     *(b"Const", b"Result", b"Parameter", b"Loop", b"TensorIterator"),
 ]
 swaps = st.lists(
-    st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from(ODD_VALUES)),
+    st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from(ODD_WORDS)),
     min_size=1,
     max_size=3,
 )
@@ -472,5 +474,76 @@ def test_openvino_descriptions(tiny_spec, tmp_path):
         are_values, values, changes = case
         path.write_bytes(with_swaps(whole, values) if are_values else mutated(whole, changes))
         is_told("OpenVINO", read, path)
+
+
+# ----------------------------------------------------------------------------- runs to be resumed
+ODD_VALUES = st.one_of(
+    st.sampled_from([None, True, False, -5, 0, 1, 3, 10**9, 10**70, -0.5, 0.5, 1e300, math.nan]),
+    st.sampled_from(["", "x", "5", b"x", [], [0.5], {}, {"x": 1}, [[1]], (), {1: {2: 3}}]),
+    st.sampled_from([(), (3,), (1, 1)]).map(torch.zeros),
+    st.just(torch.full((3,), math.nan)),
+    st.just(torch.zeros(3, dtype=torch.int64)),
+)
+odd_places = st.lists(
+    st.tuples(
+        st.sampled_from(["training", "training", "options", "hyp", "spec"]),
+        st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=4),
+        st.one_of(st.just("delete"), ODD_VALUES),
+    ),
+    min_size=1,
+    max_size=2,
+)
+
+
+def put_odd(part, way, value) -> None:
+    """Replace or delete what lies that way in nested lists and mappings."""
+    keys = list(part) if isinstance(part, dict) else range(len(part))
+    if not len(keys):
+        return
+    key = keys[int(way[0] * len(keys))]
+    inner = part[key]
+    if len(way) > 1 and isinstance(inner, dict | list) and len(inner):
+        put_odd(inner, way[1:], value)
+    elif isinstance(value, str) and value == "delete":
+        del part[key]
+    else:
+        part[key] = value
+
+
+def test_runs_to_be_resumed(tiny_spec, tiny_dataset, tmp_path, monkeypatch):
+    """Resumed for an epoch, or told what is damaged: a state that is odd may well be a good one."""
+    monkeypatch.setattr(train, "draw", lambda *_: None)
+    monkeypatch.setattr(train, "finish", lambda *_: None)
+    monkeypatch.setattr(train, "give_verdict", lambda *_: None)
+    cfg = tmp_path / "tiny.yaml"
+    cfg.write_text(json.dumps(tiny_spec))
+    train.main([
+        *("--data", str(tiny_dataset.yaml), "--cfg", str(cfg), "--weights", "", "--img", "32"),
+        *("--batch", "2", "--nominal-batch", "2", "--epochs", "1", "--project", str(tmp_path)),
+        *("--device", "cpu", "--amp", "off", "--bn_sparsity", "--noautoanchor", "--workers", "0"),
+        *("--cache", "off", "--optimizer", "AdamW", "--sparsity_rate", "auto", "--noval"),
+    ])  # fmt: skip
+    run_dir = tmp_path / "exp"
+    path = run_dir / "weights" / "last.pt"
+    whole = path.read_bytes()
+
+    def resume():
+        try:
+            train.main(["--resume", str(run_dir), "--workers", "0", "--device", "cpu"])
+        except (ValueError, OSError, FloatingPointError) as error:  # it may be of other files
+            raise ValueError(f"{path}: {error}") from None
+
+    @fuzz(odd_places, share=1 / 3)
+    def check(places):
+        path.write_bytes(whole)
+        content = torch.load(path)
+        content["training"] |= {"epoch": -1, "is_last": False}
+        content["options"]["noval"] = True
+        for part, way, value in places:
+            put_odd(content[part], way, value)
+        torch.save(content, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            is_told("runs to be resumed", resume, path)
 
     check()
