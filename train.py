@@ -139,8 +139,10 @@ from utils.resume import (
     Resumed,
     check_alike,
     find_resumed,
+    make_paths_absolute,
     naming_damage,
     summarize_data,
+    summarize_teacher,
     warn_of_other_data,
 )
 from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
@@ -172,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ranks.connected():
         resumed = ranks.from_first(lambda: find_resumed(options, given, ROOT))
         options = resumed.options if resumed else options
+        make_paths_absolute(options)
         device = devices.select_device(options.device)
         if len(gpu_indices(options.device)) > devices.world_size() == 1:
             return launch_processes(options, resumed, argv)
@@ -206,6 +209,7 @@ def run_training(
     run = build_run(options, inputs, model, imgsz, device, precision, len(train_loader), run_dir)
     run.frozen_norms = frozen_norms
     run.data = {"training": summarize_data(train_split), "validation": summarize_data(val_split)}
+    run.data |= summarize_teacher(inputs.teacher)
     add_teacher(run, teacher)
     run.best = find_best(inputs, options)
     if resumed:
@@ -294,7 +298,12 @@ def find_inputs(options: argparse.Namespace, resumed: Resumed | None) -> Inputs:
         spec = choose_spec(options, hyp, source)
         max_weights = MAX_WEIGHTS
     teacher = find_teacher(options, resumed)
-    data = load_data(options)
+    try:
+        data = load_data(options)
+    except FileNotFoundError as error:
+        if not resumed:
+            raise
+        raise FileNotFoundError(f"{error}; if it has moved, add --data and its yaml") from None
     if resumed and list(data.names) != resumed.content["names"]:
         raise ValueError(
             f"{data.source}: the classes are {', '.join(data.names)}, but the run to resume has "
@@ -359,8 +368,10 @@ def find_teacher(options: argparse.Namespace, resumed: Resumed | None) -> Path |
     try:
         return find_weights(options.teacher, ROOT)
     except FileNotFoundError as error:
-        again = "; the run to resume learns from it, put it back there" if resumed else ""
-        raise FileNotFoundError(f"--teacher {error}{again}") from None
+        again = (
+            "; the run to resume learns from it, put it back there or add --teacher and its path"
+        )
+        raise FileNotFoundError(f"--teacher {error}{again if resumed else ''}") from None
 
 
 def load_data(options: argparse.Namespace) -> DatasetSpec:

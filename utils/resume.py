@@ -90,6 +90,9 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
     merged.allow_download_scripts = (
         False  # the file may be a stranger's; only who types it allows it
     )
+    if "teacher" in given and bool(options.teacher) != bool(merged.teacher):
+        has = "learns from one" if merged.teacher else "has none"
+        raise ValueError(f"--teacher {options.teacher or repr('')}: the run to resume {has}")
     for name in sorted(given - {"resume"}):
         before, now = getattr(merged, name), getattr(options, name)
         if before != now:
@@ -103,6 +106,17 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
     batches = f", after {state['batches']} of its batches" if state.get("batches") else ""
     LOGGER.info("resuming %s in epoch %d%s", run_dir, state["epoch"] + 1, batches)
     return Resumed(path, content, run_dir, merged)
+
+
+def make_paths_absolute(options: argparse.Namespace) -> None:
+    """Paths from the working folder, so that the run can be resumed from any other.
+
+    What is found in the project stays a name: the project may be moved.
+    """
+    for name in ("weights", "teacher", "cfg", "data", "hyp"):
+        typed = getattr(options, name)
+        if typed and expand_home(typed).is_file():
+            setattr(options, name, str(expand_home(typed).absolute()))
 
 
 def check_training_state(content: Mapping[str, Any], path: Path) -> None:
@@ -211,6 +225,8 @@ def find_own_checkpoint(options: argparse.Namespace, given: set[str]) -> Path | 
     if run_dir is None or not (run_dir / "weights/last.pt").is_file():
         return None
     before = load_yaml(run_dir / "opt.yaml")
+    options = argparse.Namespace(**vars(options))
+    make_paths_absolute(options)
     if any(to_plain(getattr(options, n)) != before.get(n) for n in given - RESUME_FLAGS):
         return None
     path = run_dir / "weights/last.pt"
@@ -240,16 +256,29 @@ def summarize_data(split: Split) -> dict[str, int]:
     return {
         "images": len(split.paths),
         "boxes": len(split.labels.flat),
-        "names": zlib.crc32(names.encode()),
+        "names": zlib.crc32(names.encode("utf-8", "surrogateescape")),
         "labels": zlib.crc32(split.labels.flat.tobytes()),
     }
 
 
+def summarize_teacher(path: Path | None) -> dict[str, dict[str, int]]:
+    """What tells whether the file of the teacher is that of an earlier day, wherever it lies."""
+    if path is None:
+        return {}
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            crc, size = zlib.crc32(part, crc), size + len(part)
+    return {"teacher": {"bytes": size, "content": crc}}
+
+
 def describe_change(before: Mapping[str, int], now: Mapping[str, int]) -> str | None:
-    """How two summaries of `summarize_data` differ; None if they do not."""
-    for word in ("images", "boxes"):
+    """How two summaries, of data or of teachers, differ; None if they do not."""
+    for word in ("bytes",) if "bytes" in now else ("images", "boxes"):
         if before[word] != now[word]:
             return f"{before[word]} {word} then, {now[word]} now"
+    if "bytes" in now:
+        return "other weights" if before["content"] != now["content"] else None
     if before["names"] != now["names"]:
         return f"{now['images']} images as then, but other file names"
     return "other labels" if before["labels"] != now["labels"] else None
@@ -258,14 +287,14 @@ def describe_change(before: Mapping[str, int], now: Mapping[str, int]) -> str | 
 def warn_of_other_data(
     before: Mapping[str, Mapping[str, int]], now: Mapping[str, Mapping[str, int]]
 ) -> None:
-    """Say which splits are no longer what they were when the run was saved."""
+    """Say which splits, or whether the teacher, are no longer what they were in the saved run."""
     for split, summary in before.items():
         change = describe_change(summary, now[split])
         if change is not None:
             LOGGER.warning(
-                "warning: the %s data have changed since the run was saved (%s); the run goes on, "
-                "but not as it would have",
-                split, change,
+                "warning: the %s changed since the run was saved (%s); the run goes on, but "
+                "not as it would have",
+                "teacher has" if split == "teacher" else f"{split} data have", change,
             )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ ACTS_ONLY_WITH = {
 }
 # What a resumed run may be told anew; everything else comes from its checkpoint.
 RESUME_FLAGS = {"resume", "device", "workers", "on_nan", "batch_size", "allow_download_scripts"}
+RESUME_FLAGS |= {"data", "teacher"}  # they may have moved
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
