@@ -411,7 +411,10 @@ def study(
     header += ("pre_process_ms", "inference_ms", "nms_ms")
     curves: dict[str, list[tuple[int, float, float]]] = {weights: [] for weights in models}
     path = run_dir / "study.csv"
-    with name_in_errors(path), path.open("w", newline="", encoding="utf-8") as file:
+    with (
+        name_in_errors(path),
+        path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(header)
         for weights, model in models.items():

@@ -1,8 +1,11 @@
 """What has changed since an interrupted run was saved."""
 
+import os
+
 import pytest
 
 from utils.resume import describe_change, summarize_data
+from utils.run_dir import write_text_atomic
 from utils.scan import scan_split
 
 
@@ -43,6 +46,16 @@ def test_changes_are_said(tiny_dataset, case):
     before = summary(tiny_dataset)
     change(tiny_dataset)
     assert describe_change(before, summary(tiny_dataset)) == words
+
+
+def test_a_name_that_is_no_utf8_is_a_name(tiny_dataset, tmp_path):
+    try:
+        (tiny_dataset.images / "d.jpg").rename(tiny_dataset.images / os.fsdecode(b"na\xefve.jpg"))
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    assert describe_change(summary(tiny_dataset), summary(tiny_dataset)) is None
+    write_text_atomic(tmp_path / "list.txt", os.fsdecode(b"na\xefve.jpg\n"))
+    assert (tmp_path / "list.txt").read_bytes() == b"na\xefve.jpg\n"
 
 
 def test_a_data_set_may_move(tiny_dataset):

@@ -69,9 +69,12 @@ def _highest_run_number(first: Path) -> int:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write UTF-8 text under a temporary name in the same folder, then rename it to `path`."""
+    """Write UTF-8 text under a temporary name in the same folder, then rename it to `path`.
+
+    File names in it that are no UTF-8 keep their bytes.
+    """
     with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "surrogateescape"))
 
 
 def save_options(path: str | Path, options: Mapping[str, Any]) -> None:
