@@ -1517,5 +1517,7 @@ def finish(run: Run, seconds: float) -> None:
 
 if __name__ == "__main__":
     run_command(
-        main, "interrupted; train.py --resume <run folder> goes on from what was saved last"
+        main,
+        "interrupted; if the run has saved anything, train.py --resume <run folder> goes on from "
+        "there",
     )

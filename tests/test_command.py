@@ -4,6 +4,7 @@ import io
 import re
 import sys
 
+import cv2
 import pytest
 import torch
 
@@ -42,6 +43,9 @@ def test_advice_where_memory_is_short(message, advice):
         (OSError(errno.EBUSY, "Device or resource busy"), "error: Device or resource busy"),
         (ValueError("percent is 50"), "error: percent is 50"),
         (torch.OutOfMemoryError("CUDA out of memory"), "try a smaller --batch-size"),
+        (cv2.error("alloc.cpp: error: (-4:Insufficient memory) in OutOfMemoryError"), "try a smal"),
+        (OSError(errno.EIO, "I/O error", "a\nb\x1b.jpg"), r"error: a\nb\x1b.jpg: I/O error; if"),
+        (ValueError("na\udcefve.txt:1: class 7"), r"error: na\udcefve.txt:1: class 7"),
     ],
 )
 def test_problems_of_users_become_one_line(error, words):
@@ -64,7 +68,9 @@ def test_numbers_that_run_away_have_a_status_of_their_own(capsys):
     assert capsys.readouterr().err == "error: the loss is nan\n"
 
 
-@pytest.mark.parametrize("error", [KeyError("names"), RuntimeError("shapes differ")])
+@pytest.mark.parametrize(
+    "error", [KeyError("names"), RuntimeError("shapes differ"), cv2.error("bad")]
+)
 def test_mistakes_of_ours_keep_their_traceback(error):
     def main():
         raise error

@@ -165,6 +165,20 @@ def test_resumed_run_equals_the_uninterrupted_one(base, tmp_path, monkeypatch, c
     assert best[0] == best[1]
 
 
+def test_a_resumed_run_goes_on_with_its_scale_of_losses(base, tmp_path, monkeypatch):
+    """float16 is for GPUs, but a CPU can do it; 2.0 ** 16 halves where a gradient overflows."""
+    monkeypatch.setattr(train.devices, "select_precision", lambda *_: torch.float16)
+    monkeypatch.setattr(train, "finish", lambda *_: None)
+    flags = [*base, "--epochs", "2", "--noval"]
+    train.main([*flags, "--name", "whole"])
+    train_until(monkeypatch, 0, [*flags, "--name", "parts"])
+    parts, whole = (tmp_path / "runs" / name / "weights/last.pt" for name in ("parts", "whole"))
+    before = load_checkpoint(parts)["training"]["scaler"]
+    assert before["_growth_tracker"] > 0 or before["scale"] < 2**16
+    train.main(["--resume", str(parts)])
+    assert_same_state(*(load_checkpoint(path)["training"] for path in (parts, whole)))
+
+
 def signal_self_at_call(monkeypatch, name, number, cause):
     """Ask the process to end while train.py is in the call of that number of one of its parts."""
     original, calls = getattr(train, name), []
@@ -1267,6 +1281,19 @@ def test_resuming_says_what_has_changed(base, tmp_path, tiny_dataset, monkeypatc
         line for line in said if "hyp.yaml" in line
     ]  # what is not there contradicts nothing
     assert len(results_of(run)) == 2
+
+
+def test_an_edited_file_that_is_no_yaml_does_not_keep_a_run_from_being_resumed(
+    base, tmp_path, monkeypatch, caplog
+):
+    train_until(monkeypatch, 0, [*base, "--epochs", "2"])
+    run = tmp_path / "runs/exp"
+    (run / "opt.yaml").write_text("")
+    (run / "hyp.yaml").write_text("lr0: [1,")
+    options, given = train.parse_args(["--resume", str(run)])
+    assert train.find_resumed(options, given, train.ROOT).options.epochs == 2
+    for file in ("opt.yaml", "hyp.yaml"):
+        assert [m for m in caplog.messages if file in m and m.endswith("its checkpoint holds")]
 
 
 def test_resuming_an_unchanged_run_warns_of_nothing(base, tmp_path, monkeypatch, caplog):

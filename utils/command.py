@@ -43,14 +43,18 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
     try:
         main()
     except OSError as error:
-        raise SystemExit(f"error: {describe_os_error(error)}") from None
+        raise SystemExit(f"error: {printable(describe_os_error(error))}") from None
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(NOT_FINITE) from None
     except (ValueError, MemoryError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {printable(str(error))}") from None
     except RuntimeError as error:
         if not is_out_of_memory(error):
+            raise
+        raise SystemExit(f"error: {out_of_memory_advice(error)}") from None
+    except Exception as error:
+        if not is_opencv_out_of_memory(error):
             raise
         raise SystemExit(f"error: {out_of_memory_advice(error)}") from None
     except KeyboardInterrupt:
@@ -79,13 +83,23 @@ def describe_os_error(error: OSError) -> str:
     return f"{place}{error.strerror}{f'; {remedy}' if remedy else ''}"
 
 
+def printable(text: str) -> str:
+    """In one line: what a terminal would obey in a file name is written with a backslash."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_opencv_out_of_memory(error: Exception) -> bool:
+    """Whether OpenCV says so; its errors are of a class of its own."""
+    return type(error).__module__ == "cv2" and "Insufficient memory" in str(error)
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch says so; what has not loaded torch need not do so to ask."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
-def out_of_memory_advice(error: RuntimeError) -> str:
+def out_of_memory_advice(error: Exception) -> str:
     """One line: what happened, in the first sentences of the error, and what to do."""
     reason = ". ".join(str(error).split(". ")[:2]).strip().rstrip(".")
     return f"{reason or 'the device is out of memory'}; try a smaller --batch-size or --imgsz"

@@ -237,7 +237,11 @@ def warn_of_edits(run_dir: Path, content: Mapping[str, Any]) -> None:
     """The yaml files of a run are for people: what is changed in them has no effect."""
     for file, held in (("opt.yaml", content["options"]), ("hyp.yaml", content["hyp"])):
         path = run_dir / file
-        written = load_yaml(path) if path.is_file() else {}
+        try:
+            written = load_yaml(path) if path.is_file() else {}
+        except (ValueError, OSError) as error:
+            LOGGER.warning("warning: %s; the run goes on with what its checkpoint holds", error)
+            written = {}
         for name in sorted((written.keys() & held.keys()) - RESUME_FLAGS):
             if to_plain(held[name]) != written[name]:
                 LOGGER.warning(
