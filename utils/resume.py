@@ -227,7 +227,8 @@ def find_own_checkpoint(options: argparse.Namespace, given: set[str]) -> Path | 
     before = load_yaml(run_dir / "opt.yaml")
     options = argparse.Namespace(**vars(options))
     make_paths_absolute(options)
-    if any(to_plain(getattr(options, n)) != before.get(n) for n in given - RESUME_FLAGS):
+    may_differ = RESUME_FLAGS - {"data", "teacher"}  # with others it is another training
+    if any(to_plain(getattr(options, n)) != before.get(n) for n in given - may_differ):
         return None
     path = run_dir / "weights/last.pt"
     return path if "training" in load_checkpoint(path) else None
