@@ -972,6 +972,8 @@ def train_epochs(
             if devices.world_size() == 1:
                 with suppress(OSError, FloatingPointError):
                     save_position(run, epoch)
+                    if run.stop.signal is not None:  # sent to a worker as well, at its first words
+                        raise SystemExit(say_goodbye(run, epoch, len(train_loader))) from None
             raise
         except FloatingPointError as error:
             go_back(run, explain_not_finite(run, error, epoch))

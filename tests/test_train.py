@@ -321,6 +321,21 @@ def test_nothing_is_lost_with_a_loader(base, tmp_path, monkeypatch, whole_states
     assert_same_state(state, whole_state(whole_states, "dense", flags, tmp_path))
 
 
+def test_a_worker_that_the_signal_has_ended_too_is_no_error(base, monkeypatch, caplog):
+    """It can answer signals its own way only a moment after it has begun."""
+
+    def lose(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ChildProcessError("a loader process was killed")
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(train, "to_device", lose)
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*base, "--epochs", "1"])
+    assert stopped.value.code == 143
+    assert "stopped by SIGTERM, saved after batch 0 of 2 of epoch 0" in caplog.text
+
+
 def test_a_run_killed_in_its_first_epoch_can_be_resumed(base, tmp_path, monkeypatch):
     flags = [*base, "--epochs", "1"]
     with monkeypatch.context() as patched:
