@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -146,6 +147,7 @@ def start(argv: list[str], output: int, phase: mmap.mmap, reader: int | None = N
         os.close(output)
         return pid
     os.setsid()
+    terminal = os.dup(2)
     if reader is not None:
         os.close(reader)
     os.dup2(output, 1)
@@ -170,6 +172,9 @@ def start(argv: list[str], output: int, phase: mmap.mmap, reader: int | None = N
         code = end.code
     except KeyboardInterrupt:
         code = 130
+    except (OSError, RuntimeError, ValueError, FloatingPointError):
+        os.dup2(terminal, 2)  # nobody reads a pipe
+        traceback.print_exc()
     finally:
         with suppress(OSError):
             sys.stdout.flush()
