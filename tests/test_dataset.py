@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -515,3 +516,32 @@ def test_sockets_of_workers_need_a_short_folder(split, tmp_path, monkeypatch, ex
         else:
             loader = build_loader(DetectionDataset(split, 64), 1, workers=1)
             assert len(list(loader)) == len(split)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator of glibc")
+@pytest.mark.parametrize("is_worker", [False, True])
+def test_workers_hold_no_memory_that_they_do_not_need(is_worker):
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def fragment() -> None:
+        if is_worker:
+            loaders._start_worker(0)
+        before, pins = resident_bytes(), []
+        np.ones(2**22, np.uint8)  # when it is freed, glibc begins to keep blocks of this size
+        blocks = []
+        for _ in range(100):
+            blocks.append(np.ones(2**21, np.uint8))
+            pins.append(bytes(10_000))  # it would lie behind the block
+        blocks.clear()
+        sender.send(resident_bytes() - before)
+
+    process = context.Process(target=fragment)
+    process.start()
+    held = receiver.recv()
+    process.join()
+    assert held < 30 * 2**20 if is_worker else held > 150 * 2**20, held
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
