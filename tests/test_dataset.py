@@ -519,14 +519,13 @@ def test_sockets_of_workers_need_a_short_folder(split, tmp_path, monkeypatch, ex
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator of glibc")
-@pytest.mark.parametrize("is_worker", [False, True])
-def test_workers_hold_no_memory_that_they_do_not_need(is_worker):
+def test_workers_hold_no_memory_that_they_do_not_need():
+    """Alone, this test fails by 200 MiB without the setting; after others it may find old holes."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
     def fragment() -> None:
-        if is_worker:
-            loaders._start_worker(0)
+        loaders._start_worker(0)
         before, pins = resident_bytes(), []
         np.ones(2**22, np.uint8)  # when it is freed, glibc begins to keep blocks of this size
         blocks = []
@@ -540,7 +539,7 @@ def test_workers_hold_no_memory_that_they_do_not_need(is_worker):
     process.start()
     held = receiver.recv()
     process.join()
-    assert held < 30 * 2**20 if is_worker else held > 150 * 2**20, held
+    assert held < 30 * 2**20
 
 
 def resident_bytes() -> int:
