@@ -181,7 +181,8 @@ def check_alike(saved: Any, fresh: Any, where: str) -> None:
         for pair in zip(saved, fresh, strict=False) if is_good else ():
             check_alike(*pair, f"one of {where}")
     elif isinstance(fresh, float):
-        is_good = type(saved) in (int, float) and math.isfinite(saved)
+        is_good = type(saved) in (int, float)
+        is_good = is_good and (math.isfinite(saved) or not math.isfinite(fresh))
     else:
         is_good = fresh is None or type(saved) is type(fresh)
     if not is_good:
