@@ -139,7 +139,6 @@ from utils.resume import (
     Resumed,
     check_alike,
     find_resumed,
-    make_paths_absolute,
     naming_damage,
     summarize_data,
     summarize_teacher,
@@ -174,7 +173,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ranks.connected():
         resumed = ranks.from_first(lambda: find_resumed(options, given, ROOT))
         options = resumed.options if resumed else options
-        make_paths_absolute(options)
         device = devices.select_device(options.device)
         if len(gpu_indices(options.device)) > devices.world_size() == 1:
             return launch_processes(options, resumed, argv)
@@ -804,9 +802,8 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     sums = state.get("loss_sums", ())
     if len(sums) != len(run.loss_names) and (sums or run.batches):
         raise ValueError(f"{len(sums)} sums of {len(run.loss_names)} losses")
-    run.loss_sums = torch.tensor(sums, device=run.device) * ratio
-    if devices.rank() != 0:
-        run.loss_sums.zero_()  # what is saved is the sum over all processes
+    # What is saved is the sum over all processes.
+    run.loss_sums = torch.tensor(sums, device=run.device) * ratio / devices.world_size()
     run.best_fitness, run.best_epoch = state["best_fitness"], state["best_epoch"]
     run.best = Best(*state.get("best_map50", run.best))
     run.class_maps = state["class_maps"].numpy()
@@ -971,6 +968,7 @@ def train_epochs(
         except OSError:  # of a loader, as a rule: its drive has gone, or a worker was killed
             if devices.world_size() == 1:
                 with suppress(OSError, FloatingPointError):
+                    check_weights(run, epoch)
                     save_position(run, epoch)
                     if run.stop.signal is not None:  # sent to a worker as well, at its first words
                         raise SystemExit(say_goodbye(run, epoch, len(train_loader))) from None
@@ -1072,7 +1070,7 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
     It goes on after the first `run.batches`, and may end with `Stopped` after any of them.
     """
     begin_epoch(run, loader, epoch)
-    pending, is_stopping = 0, False
+    pending, is_stopping, is_due = 0, False, False
     unread: list[Reading] = []
     title, is_quiet = f"epoch {epoch}/{run.options.epochs - 1}", devices.rank() != 0
     bar = tqdm(loader, desc=title, initial=run.batches, disable=is_quiet)
@@ -1081,8 +1079,7 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
         settings = run.schedule.at(step, epoch)
         set_step(run.optimizer, settings)
         is_last = index == len(loader) - 1
-        # A GPU works on while nothing is read from it; what it did is looked at now and then.
-        looks = run.device.type == "cpu" or index % PROGRESS_BATCHES == 0 or is_last
+        looks = is_look_due(run.device, index) or is_last
         # The last batch always steps, so that no gradient waits across a checkpoint.
         steps = is_last or pending + 1 >= run.schedule.accumulation(step, run.options.batch_size)
         if not pending and not steps:
@@ -1111,12 +1108,14 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
             means = run.loss_sums * devices.world_size() / (index + 1)
             show_progress(bar, run, means, settings.lr)
         draw_data(run, loader, batch, epoch, index)
-        if is_stopping or (looks and is_saving_due(run)):
+        is_due = is_due or (looks and is_saving_due(run))
+        if is_stopping or (is_due and not pending):
             check_finite(unread, epoch)
             check_weights(run, epoch)
             if is_stopping:
                 raise Stopped
             save_position(run, epoch)
+            is_due = False
     check_weights(run, epoch)
     return (ranks.add_up(run.loss_sums) / max(len(loader), 1)).tolist()
 
@@ -1150,9 +1149,14 @@ def forget_pending(run: Run) -> None:
         run.before = None
 
 
+def is_look_due(device: torch.device, index: int) -> bool:
+    """A GPU works on while nothing is read from it; what it did is looked at now and then."""
+    return device.type == "cpu" or index % PROGRESS_BATCHES == 0
+
+
 def is_saving_due(run: Run) -> bool:
-    """Whether a kill would cost much by now; the same answer in all processes, between steps."""
-    if run.before is not None or run.options.nosave:
+    """Whether a kill would cost much by now; the same answer in all processes."""
+    if run.options.nosave:
         return False
     is_late = time.monotonic() > run.saved_at + SAVE_SECONDS
     return ranks.is_true_anywhere(is_late and devices.rank() == 0, run.device)

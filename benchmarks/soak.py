@@ -12,6 +12,8 @@ processes that the script left behind.
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -33,23 +35,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
     command = [sys.executable, *options.command]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-    samples = list(watch(process, options.every))
-    left = len(session_members(process.pid))
+    samples: list[list[float]] = []
+    try:
+        samples.extend(watch(process, options.every))
+    except KeyboardInterrupt:  # the figures so far count
+        process.terminate()
+        process.wait()
+    left = session_members(process.pid)
+    for member in left:
+        os.kill(member, signal.SIGKILL)
     if options.csv:
         heads = ",".join(["seconds", *(name.replace(",", " in") for name in QUANTITIES)])
         rows = [",".join(f"{value:g}" for value in sample) for sample in samples]
         write_text_atomic(options.csv, "\n".join([heads, *rows]) + "\n")
-    values = np.array(samples)
-    warm = values[values[:, 0] >= options.warm_up * 60]
+    minutes = samples[-1][0] / 60 if samples else 0.0
+    warm = np.array([sample for sample in samples if sample[0] >= options.warm_up * 60])
     if len(warm) < 3:
         raise SystemExit(
-            f"{values[-1, 0] / 60:.1f} minutes are too short after a warm-up of "
-            f"{options.warm_up:g}: give less with --warm-up"
+            f"{minutes:.1f} minutes are too short after a warm-up of {options.warm_up:g}: give "
+            f"less with --warm-up (exit status {process.returncode})"
         )
     lines = [
-        f"{values[-1, 0] / 3600:.2f} hours, {len(warm)} samples after a warm-up of "
+        f"{minutes / 60:.2f} hours, {len(warm)} samples after a warm-up of "
         f"{options.warm_up:g} minutes; exit status {process.returncode}; "
-        f"processes left behind: {left}"
+        f"processes left behind: {len(left)}"
     ]
     harness.report("Soak", torch.device("cpu"), [*lines, slopes(warm)], options.out)
 
@@ -64,7 +73,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", help="write the Markdown here too")
     parser.add_argument("--csv", help="write the samples here")
     parser.add_argument("command", nargs="+", help="-- SCRIPT and its flags")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    for path in filter(None, (options.out, options.csv)):
+        if not Path(path).absolute().parent.is_dir():
+            parser.error(f"{path}: there is no such folder")
+    if options.every <= 0:
+        parser.error(f"--every {options.every:g}: more than 0 is needed")
+    return options
 
 
 def watch(process: subprocess.Popen[bytes], every: float) -> Iterator[list[float]]:

@@ -72,3 +72,29 @@ def test_a_job_finds_the_newest_folder_it_has_claimed(tmp_path):
     assert find_claimed(tmp_path, "7") == tmp_path / "b"
     assert find_claimed(tmp_path, "9") is None
     assert find_claimed(tmp_path / "missing", "7") is None
+
+
+def test_a_resume_by_hand_leaves_a_run_to_its_job(tmp_path):
+    for job in ("job 7", ""):
+        claim(tmp_path, job)
+        release(tmp_path)
+    assert find_claimed(tmp_path.parent, "job 7") == tmp_path
+
+
+def test_odd_locks_stand_in_nobodys_way(tmp_path):
+    for name, content in (("bytes", b"\xff\xfe\n"), ("own", b"job 7\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".lock").write_bytes(content)
+    (tmp_path / "folder/.lock").mkdir(parents=True)
+    assert find_claimed(tmp_path, "job 7") == tmp_path / "own"
+
+
+@pytest.mark.skipif(claims.fcntl is None, reason="no locks of this kind here")
+def test_looking_for_a_folder_lets_go_of_none(tmp_path, holder):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    claim(folder, "job 7")
+    assert find_claimed(tmp_path, "job 7") is None  # nobody else's
+    with pytest.raises(AssertionError):
+        holder(folder)
+    release(folder)

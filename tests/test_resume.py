@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from utils.resume import describe_change, summarize_data
+from utils.resume import describe_change, is_same_training, summarize_data
 from utils.run_dir import write_text_atomic
 from utils.scan import scan_split
 
@@ -63,3 +63,21 @@ def test_a_data_set_may_move(tiny_dataset):
     moved = tiny_dataset.root.rename(tiny_dataset.root.with_name("elsewhere"))
     dataset = tiny_dataset._replace(images=moved / "images/train", labels=moved / "labels/train")
     assert describe_change(before, summary(dataset)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_same"),
+    [
+        ({}, True),
+        ({"weights": "nets/n.pt"}, True),  # as it was typed, before it was fetched
+        ({"workers": 4, "device": "0", "name": "other"}, True),
+        ({"bn_sparsity": False}, False),  # typed then, and not now
+        ({"data": "other.yaml"}, False),
+        ({"epochs": 4}, False),
+    ],
+)
+def test_only_the_same_training_goes_on_by_itself(tmp_path, monkeypatch, changes, is_same):
+    monkeypatch.chdir(tmp_path)
+    before = {"epochs": 3, "bn_sparsity": True, "workers": 2, "device": "", "name": "exp"}
+    before |= {"weights": str(tmp_path / "nets/n.pt"), "data": str(tmp_path / "d.yaml")}
+    assert is_same_training(before | {"newer_flag": 1} | changes, before) == is_same

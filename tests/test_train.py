@@ -298,6 +298,19 @@ def test_what_is_saved_now_and_then_is_as_good(base, tmp_path, monkeypatch, whol
     assert_same_state(state, whole_state(whole_states, "dense", flags, tmp_path))
 
 
+def test_what_is_saved_now_and_then_beside_a_gpu(base, tmp_path, monkeypatch):
+    """It is looked at every tenth batch, when a step may be pending; here every other one."""
+    saved = []
+    monkeypatch.setattr(train, "is_look_due", lambda _, index: index % 2 == 0)
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(
+        train, "save_position", lambda run, epoch: saved.append((epoch, run.batches))
+    )
+    monkeypatch.setattr(train.Schedule, "accumulation", lambda *_: 2)
+    train.main([*base, "--epochs", "1", "--batch", "1"])
+    assert saved == [(0, 0), (0, 2), (0, 4)]  # the first before anything
+
+
 def test_nothing_is_lost_with_a_loader(base, tmp_path, monkeypatch, whole_states):
     """Its drive has gone, or a worker was killed, while a batch waited for its step."""
     to_device, calls = train.to_device, []

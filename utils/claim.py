@@ -25,7 +25,7 @@ def claim(run_dir: Path, job: str = "") -> None:
 
     Args:
         run_dir: the folder.
-        job: by which `find_claimed` finds it again.
+        job: by which `find_claimed` finds it again; without one it stays that of an earlier claim.
 
     Raises:
         OSError: another process has it, or the folder cannot be written.
@@ -33,7 +33,7 @@ def claim(run_dir: Path, job: str = "") -> None:
     run_dir = run_dir.resolve()
     if run_dir in _held:
         return
-    file = (run_dir / NAME).open("a+", encoding="utf-8")
+    file = (run_dir / NAME).open("a+", encoding="utf-8", errors="replace")
     try:
         if fcntl is not None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,10 +42,13 @@ def claim(run_dir: Path, job: str = "") -> None:
         holder = file.read().splitlines()[1:] or ["another process"]
         file.close()
         raise OSError(
-            f"{run_dir}: {holder[0]} is writing there; wait until it has ended, or stop it first"
+            f"{run_dir}: {holder[0]} is writing there; wait until it has ended, or stop it first "
+            f"(delete {NAME} there if its machine is gone)"
         ) from None
     except OSError:
         pass  # a file system without locks
+    file.seek(0)
+    job = job or file.readline().strip()
     file.truncate(0)
     file.write(f"{job}\nprocess {os.getpid()} on {platform.node()}\n")
     file.flush()
@@ -60,11 +63,18 @@ def release(run_dir: Path) -> None:
 
 
 def find_claimed(project: Path, job: str) -> Path | None:
-    """The newest folder below `project` that a process of this job has claimed."""
-    found = [path for path in project.glob(f"*/{NAME}") if _job_of(path) == job]
-    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-    return newest.parent if newest else None
+    """The newest folder below `project` that another process of this job has claimed."""
+    folders = [path.parent for path in project.glob(f"*/{NAME}")]
+    # To look into a lock of this process would let go of it.
+    found = [folder for folder in folders if folder.resolve() not in _held]
+    times = {folder: time for folder in found if (time := _claimed_at(folder / NAME, job))}
+    return max(times, key=lambda folder: times[folder], default=None)
 
 
-def _job_of(lock: Path) -> str:
-    return lock.read_text("utf-8").partition("\n")[0]
+def _claimed_at(lock: Path, job: str) -> float:
+    """When, by this job; 0 if not, or if the file is not to be read."""
+    try:
+        is_own = lock.read_text("utf-8", errors="replace").partition("\n")[0] == job
+        return lock.stat().st_mtime if is_own else 0.0
+    except OSError:
+        return 0.0

@@ -104,8 +104,9 @@ class RamCache:
     ) -> RamCache | None:
         """Decode each image when it is asked for first; None if they are not few."""
         needed, free = _count_bytes(resized_hw), available_memory()
+        room = min(SMALL_SHARE * (free or 0), SMALL_BYTES) / local_world_size()
         # Workers that are not forked would each have a cache of their own.
-        if sys.platform != "linux" or needed > min(SMALL_SHARE * (free or 0), SMALL_BYTES):
+        if sys.platform != "linux" or needed > room:
             return None
         LOGGER.info(
             "%d images stay in memory once they are read: %.0f MiB (--cache off: they do not)",

@@ -131,7 +131,7 @@ def _is_first_to_tell() -> bool:
 
 def is_orphan() -> bool:
     """Whether what started the processes has gone, and could not end them."""
-    return is_connected() and os.getppid() != PARENT
+    return (is_connected() or "TORCHELASTIC_RUN_ID" in os.environ) and os.getppid() != PARENT
 
 
 def job() -> str:

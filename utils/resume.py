@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from utils.run_dir import to_plain
 from utils.scan import Split
 
 LOGGER = logging.getLogger(__name__)
+
+PATHS = ("weights", "teacher", "cfg", "data", "hyp")  # options
 
 # What every version has written for a run to go on from, and what it must be.
 _STATE: dict[str, type | tuple[type, ...]] = {
@@ -57,8 +60,9 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
         FileNotFoundError: there is no such run.
         ValueError: there is nothing to resume in it.
     """
+    make_paths_absolute(options)
     if options.resume is False:
-        path = find_own_checkpoint(options, given)
+        path = find_own_checkpoint(options)
     elif options.resume is True:
         path = newest_unfinished(root / "runs/train")
     else:
@@ -87,9 +91,9 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
     with naming_damage(path):
         merged = parse_saved(older | content["options"])
         check_progress(content["training"], merged.epochs)
-    merged.allow_download_scripts = (
-        False  # the file may be a stranger's; only who types it allows it
-    )
+    # The file may be a stranger's; only who types it allows it.
+    merged.allow_download_scripts = False
+    make_paths_absolute(merged)
     if "teacher" in given and bool(options.teacher) != bool(merged.teacher):
         has = "learns from one" if merged.teacher else "has none"
         raise ValueError(f"--teacher {options.teacher or repr('')}: the run to resume {has}")
@@ -113,7 +117,7 @@ def make_paths_absolute(options: argparse.Namespace) -> None:
 
     What is found in the project stays a name: the project may be moved.
     """
-    for name in ("weights", "teacher", "cfg", "data", "hyp"):
+    for name in PATHS:
         typed = getattr(options, name)
         if typed and expand_home(typed).is_file():
             setattr(options, name, str(expand_home(typed).absolute()))
@@ -214,25 +218,37 @@ def damaged(path: Path, reason: str) -> ValueError:
     )
 
 
-def find_own_checkpoint(options: argparse.Namespace, given: set[str]) -> Path | None:
+def find_own_checkpoint(options: argparse.Namespace) -> Path | None:
     """The last.pt of this very training, where torchrun has started it anew; None at first.
 
-    Args:
-        options: of the command line.
-        given: names of those that were typed; a run with others is another one.
+    Raises:
+        ValueError: it had reached its end, and a process failed afterwards.
     """
     first = expand_home(options.project) / options.name
     run_dir = find_claimed(first.parent, ranks.job()) if ranks.job() else None
     if run_dir is None or not (run_dir / "weights/last.pt").is_file():
         return None
     before = load_yaml(run_dir / "opt.yaml")
-    options = argparse.Namespace(**vars(options))
-    make_paths_absolute(options)
-    may_differ = RESUME_FLAGS - {"data", "teacher"}  # with others it is another training
-    if any(to_plain(getattr(options, n)) != before.get(n) for n in given - may_differ):
+    if not is_same_training(vars(options), before):
         return None
     path = run_dir / "weights/last.pt"
-    return path if "training" in load_checkpoint(path) else None
+    if "training" in load_checkpoint(path):
+        return path
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        raise ValueError(f"{run_dir}: this training has reached its end; nothing is left to do")
+    return None
+
+
+def is_same_training(options: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether options ask for the training that began with others."""
+    may_differ = RESUME_FLAGS - {"data", "teacher"} | {"resume", "project", "name", "exist_ok"}
+
+    def plain(name: str, value: Any) -> Any:
+        is_path = name in PATHS and value
+        return str(expand_home(value).absolute()) if is_path else to_plain(value)
+
+    names = options.keys() & before.keys() - may_differ
+    return all(plain(name, options[name]) == plain(name, before[name]) for name in names)
 
 
 def warn_of_edits(run_dir: Path, content: Mapping[str, Any]) -> None:
