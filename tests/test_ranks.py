@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -181,10 +182,18 @@ def test_a_killed_process_ends_the_others_and_torchrun_goes_on(stages, tmp_path)
     ],
 )
 def test_what_ends_one_process_ends_all_and_is_said_once(
-    stages, tmp_path, capfd, mishap, code, said
+    stages, tmp_path, capfd, monkeypatch, mishap, code, said
 ):
+    processes, popen = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda *args, **rest: processes.append(popen(*args, **rest)) or processes[-1],
+    )
     start = time.monotonic()
     assert launch([*PROGRAM, mishap, *stages["dense"], "--project", str(tmp_path)], 2) == code
+    # Whichever ends first: the other may have been told to end meanwhile.
+    assert {process.returncode for process in processes} <= {code, 143, -signal.SIGTERM}
     assert time.monotonic() - start < 60
     output = "".join(capfd.readouterr())
     assert len(re.findall(said.format(run=tmp_path / "exp"), output)) == 1, output

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from utils import device as devices
+from utils.command import NOT_FINITE
 
 T = TypeVar("T")
 
@@ -41,8 +42,9 @@ def is_connected() -> bool:
 def connected() -> Iterator[None]:
     """Within the block the processes can talk to each other, if there are several.
 
-    An error is told by the first process that meets it; the others end without a word. That one
-    has lost another is said by the first of all.
+    An error is told by the first process that meets it; the others end without a word and with the
+    exit status of their own error, as any of them may be the first to have ended. That one has
+    lost another is said by the first of all.
     """
     if devices.world_size() == 1:
         yield
@@ -71,7 +73,7 @@ def connected() -> Iterator[None]:
                 raise ConnectionError(describe_lost_connection(error)) from None
         elif _is_first_to_tell():
             raise
-        raise SystemExit(1) from None
+        raise SystemExit(NOT_FINITE if isinstance(error, FloatingPointError) else 1) from None
 
 
 def _meet(store: distributed.Store) -> distributed.Store:
