@@ -45,7 +45,7 @@ from tqdm import tqdm
 from models import Model, ModelSpec
 from models.yolo import MAX_WEIGHTS
 from utils import device as devices
-from utils import ranks
+from utils import heap, ranks
 from utils.anchors import check_anchors, fit_anchors
 from utils.batch_size import CPU_BATCH, candidate_sizes, find_largest_fitting
 from utils.checkpoint import (
@@ -216,7 +216,7 @@ def run_training(
     results = open_results(run, train_split, val_split)
 
     started = time.perf_counter()
-    with run.stop, saying_how_to_go_on(run):
+    with run.stop, saying_how_to_go_on(run), heap.settled():
         train_epochs(run, train_loader, val_loader, results)
         if results is not None:
             finish(run, time.perf_counter() - started)
@@ -840,7 +840,7 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
         "best_epoch": run.best_epoch,
         "best_map50": tuple(run.best),
         "class_maps": torch.tensor(run.class_maps),
-        "gammas": [dataclasses.asdict(row) for row in run.gammas],
+        "gammas": [vars(row) for row in run.gammas],
         "torch_rng": torch.get_rng_state(),
     }
 
@@ -955,6 +955,7 @@ def train_epochs(
         save_position(run, 0)  # also what is killed in its first epoch can be resumed
     epoch, is_last = run.first_epoch, run.first_epoch == options.epochs
     while not is_last:
+        heap.trim()
         if options.image_weights:
             split = train_loader.batch_sampler.dataset.split
             train_loader.set_image_weights(image_weights_from_map(split, run.class_maps))

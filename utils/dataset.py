@@ -10,7 +10,6 @@ there it becomes one warning or one error.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import itertools
 import logging
 import math
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from utils import heap
 from utils.augment import (
     GREY,
     Collage,
@@ -84,7 +84,6 @@ NUM_PROBES = 16  # images looked at to tell one lost image from a lost drive
 
 # Sockets in it have names of up to 107 bytes. Beyond, workers lose every batch and are waited for.
 LONGEST_TEMPDIR = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
-M_MMAP_THRESHOLD = -3  # of malloc.h
 WORKER_GRACE = 300  # seconds that a worker lives on after SIGTERM: longer than a step may take
 
 RECT_PAD = 0.5  # of rectangular evaluation batches, in strides
@@ -703,7 +702,7 @@ def sample_batches(loader: Loader, num_images: int) -> list[Batch]:
 
 
 def _start_worker(_: int) -> None:
-    _give_memory_back()
+    heap.give_large_blocks_back()
     cv2.setNumThreads(0)  # the workers are the parallelism; more threads would only fight
     # Ctrl-C and batch systems signal the workers too, but the parent may want to finish its step
     # and save. It ends them when it leaves; should it be stuck, they go by themselves.
@@ -711,18 +710,6 @@ def _start_worker(_: int) -> None:
     if sys.platform != "win32":
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
-
-
-def _give_memory_back() -> None:
-    """Let this process return freed blocks of a mebibyte and more to the system.
-
-    glibc keeps them for others of the size, and images and batches are of many sizes: a worker
-    that validated held up to 450 MB so.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-        if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 # -------------------------------------------------------------------------------------- statistics
