@@ -26,6 +26,7 @@ from models import Model
 from utils.command import run_command
 from utils.dataset import Batch, Loader, round_imgsz
 from utils.device import select_device, select_precision
+from utils.training.inputs import Inputs, find_inputs
 
 NUM_BATCHES = 4  # in memory, for the step alone
 
@@ -91,12 +92,12 @@ class InMemory(list[Batch]):
 
 def _prepare(
     options: argparse.Namespace, size: str
-) -> tuple[argparse.Namespace, train.Inputs, torch.device, Model, int]:
+) -> tuple[argparse.Namespace, Inputs, torch.device, Model, int]:
     """Options of train.py, what it finds, and a network with the image size that suits it."""
     argv = ["--cfg", f"yolov5{size}.yaml", "--nominal-batch", str(options.batch)]
     names = ("data", "weights", "hyp", "img", "batch", "optimizer", "workers", "device")
     flags, _ = train.parse_args([*argv, *harness.format_flags(options, names)])
-    inputs = train.find_inputs(flags, None)
+    inputs = find_inputs(flags, None)
     torch.manual_seed(0)
     model = train.build_network(inputs, flags)
     return (

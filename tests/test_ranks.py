@@ -21,8 +21,10 @@ from torch import nn
 import train
 from models import Model, ModelSpec
 from utils.checkpoint import build_checkpoint, load_checkpoint, save_checkpoint
+from utils.flags.train import parse_args
 from utils.launch import launch
 from utils.pruning.slimming import SparsityPenalty
+from utils.training.inputs import check_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = [sys.executable, "-m", "tests.steps_of_ranks"]
@@ -84,7 +86,7 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch, case):
     flags, words = REFUSED[case]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=words):
-        train.check_processes(train.parse_args(flags)[0], torch.device("cpu"))
+        check_processes(parse_args(flags)[0], torch.device("cpu"))
 
 
 def test_an_image_that_another_machine_lacks_is_named(tmp_path):
