@@ -25,14 +25,13 @@ import copy
 import dataclasses
 import logging
 import math
-import platform
 import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +44,6 @@ from tqdm import tqdm
 from models import Model
 from utils import device as devices
 from utils import ranks
-from utils.anchors import check_anchors, fit_anchors
 from utils.batch_size import CPU_BATCH, candidate_sizes, find_largest_fitting
 from utils.checkpoint import (
     build_checkpoint,
@@ -53,35 +51,27 @@ from utils.checkpoint import (
     load_detector,
     save_checkpoint,
     save_final,
-    transfer_weights,
 )
 from utils.choices import AUTO_BATCH, DEFAULT_IMPORTANCE
 from utils.claim import claim, release
 from utils.command import NOT_FINITE, describe_os_error, run_command
 from utils.config import (
-    DatasetSpec,
     Hyperparameters,
     find_config,
     load_hyperparameters,
 )
 from utils.dataset import (
-    RECT_PAD,
     Batch,
-    DetectionDataset,
     Loader,
     Split,
-    build_loader,
     image_weights_from_map,
-    label_sizes_px,
     round_imgsz,
     sample_batches,
-    scan_split,
 )
 from utils.device_text import gpu_indices
 from utils.distill import (
     DistillationGains,
     DistillationLoss,
-    check_teacher,
     have_same_anchors,
 )
 from utils.evaluate import EvaluationResult, Tally, evaluate
@@ -102,8 +92,6 @@ from utils.optim import (
     ModelEma,
     Schedule,
     build_optimizer,
-    freeze,
-    frozen_rows,
     num_warmup_steps,
     restore_optimizer,
     set_step,
@@ -143,6 +131,8 @@ from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
 from utils.stopping import Stopped, StopRequest
 from utils.tensorboard import Board
 from utils.training.inputs import Inputs, check_processes, check_share, find_inputs
+from utils.training.loaders import build_loaders, check_images_are_here, scan_splits
+from utils.training.networks import build_network, choose_anchors, freeze_rows, load_teacher
 
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("train")
@@ -282,69 +272,6 @@ def launch_processes(
         raise SystemExit(code)
 
 
-def build_network(inputs: Inputs, options: argparse.Namespace) -> Model:
-    """The network to train, with whatever weights fit from its source."""
-    model = Model(inputs.spec, inputs.max_weights)
-    if inputs.source is not None:
-        # With --cfg, and where new anchors are asked for, those of the weights do not count.
-        own_anchors = isinstance(inputs.spec.anchors, int) or bool(
-            options.cfg and not options.ft_pruned_model
-        )
-        transfer_weights(model, inputs.source.model.state_dict(), keep_anchors=own_anchors)
-    if options.sync_bn and devices.world_size() > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if model.spec.is_pruned:
-        LOGGER.info(
-            "slim network: %d channels, %s parameters; %d channels in the dense one",
-            sum(model.widths().values()),
-            f"{count_parameters(model):,}",
-            sum(Model(model.spec.with_widths({})).widths().values()),
-        )
-    return model
-
-
-def load_teacher(inputs: Inputs, options: argparse.Namespace, model: Model) -> Model | None:
-    """The network of `--teacher`, folded and frozen; it must answer what `model` answers.
-
-    Loaded after `model` is built, whose fresh weights are thus the same with and without it.
-    """
-    if inputs.teacher is None:
-        return None
-    teacher, names, _ = ranks.from_first(lambda: load_detector(inputs.teacher))
-    check_teacher(teacher, names, model, inputs.data.names, f"--teacher {options.teacher}")
-    LOGGER.info(
-        "teacher: %s, %s parameters; gain %g",
-        inputs.teacher,
-        f"{count_parameters(teacher):,}",
-        options.distill_gain,
-    )
-    return teacher.fuse().requires_grad_(False)
-
-
-def freeze_rows(model: Model, options: argparse.Namespace) -> list[nn.Module]:
-    """Apply `--freeze`; returns the BN layers to keep in eval mode."""
-    return freeze(model.model, frozen_rows(options.freeze, len(model.model)))
-
-
-def scan_splits(data: DatasetSpec, options: argparse.Namespace) -> tuple[Split, Split]:
-    """Find and check images and labels of both splits."""
-    train_split, val_split = (
-        scan_split(sources, data.names, single_cls=options.single_cls)
-        for sources in (data.train, data.val)
-    )
-    return train_split, val_split
-
-
-def check_images_are_here(*splits: Split) -> None:
-    """Stop on a machine that does not have what the first process has found on its own."""
-    for path in (split.paths[0] for split in splits):
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"{path}: not on {platform.node()}; all machines must have the images under the "
-                "same path"
-            )
-
-
 def open_run_dir(
     options: argparse.Namespace, hyp: Hyperparameters, resumed: Resumed | None
 ) -> Path:
@@ -369,49 +296,6 @@ def open_results(run: Run, train_split: Split, val_split: Split) -> ResultsCsv |
     run.log_start(train_split, val_split)
     resume_epoch = run.first_epoch or None
     return ResultsCsv(run.dir / "results.csv", resume_epoch=resume_epoch)
-
-
-def build_loaders(
-    options: argparse.Namespace,
-    hyp: Hyperparameters,
-    train_split: Split,
-    val_split: Split,
-    imgsz: int,
-    stride: int,
-) -> tuple[Loader, Loader]:
-    """Augmented training batches and plain validation batches, of each the part of this process."""
-    share = options.batch_size // devices.world_size()
-    place = {"rank": devices.rank(), "world_size": devices.world_size()}
-    device = devices.select_device(options.device)
-    workers = devices.count_loader_processes(options.workers, device)
-    sizes = {"imgsz": imgsz, "stride": stride, "cache": options.cache, "seed": options.seed}
-    # A cache on a disk is written once.
-    with ranks.in_turn() if options.cache == "disk" else nullcontext():
-        train_set = DetectionDataset(
-            train_split, hyp=hyp, rect=options.rect, batch_size=options.batch_size, **sizes
-        )
-        val_set = DetectionDataset(
-            val_split, rect=True, batch_size=options.batch_size * 2, pad=RECT_PAD, **sizes
-        )
-    train_loader = build_loader(
-        train_set, share, workers=workers, shuffle=True, seed=options.seed, **place
-    )
-    val_loader = build_loader(val_set, share * 2, workers=workers, shuffle=False, seed=0, **place)
-    return train_loader, val_loader
-
-
-def choose_anchors(
-    model: Model, inputs: Inputs, split: Split, imgsz: int, options: argparse.Namespace
-) -> None:
-    """Fit the anchors to the training boxes where they are asked for or do not fit."""
-    sizes = label_sizes_px(split, imgsz)
-    fitted, current = None, model.head.anchors_px.numpy()
-    if isinstance(inputs.spec.anchors, int):
-        fitted = fit_anchors(sizes, current.shape[:2], inputs.hyp.anchor_t, options.seed)
-    elif not options.noautoanchor:
-        fitted = check_anchors(current, sizes, inputs.hyp.anchor_t, options.seed)
-    if fitted is not None:
-        model.set_anchors(torch.tensor(fitted, dtype=torch.float32))
 
 
 class BeforeStep(NamedTuple):

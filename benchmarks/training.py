@@ -27,6 +27,8 @@ from utils.command import run_command
 from utils.dataset import Batch, Loader, round_imgsz
 from utils.device import select_device, select_precision
 from utils.training.inputs import Inputs, find_inputs
+from utils.training.loaders import build_loaders, scan_splits
+from utils.training.networks import build_network
 
 NUM_BATCHES = 4  # in memory, for the step alone
 
@@ -99,7 +101,7 @@ def _prepare(
     flags, _ = train.parse_args([*argv, *harness.format_flags(options, names)])
     inputs = find_inputs(flags, None)
     torch.manual_seed(0)
-    model = train.build_network(inputs, flags)
+    model = build_network(inputs, flags)
     return (
         flags,
         inputs,
@@ -112,8 +114,8 @@ def _prepare(
 def build_ours(options: argparse.Namespace, size: str) -> tuple[train.Run, Loader]:
     """A training run and its loader as train.py builds them."""
     flags, inputs, device, model, imgsz = _prepare(options, size)
-    splits = train.scan_splits(inputs.data, flags)
-    loader, _ = train.build_loaders(flags, inputs.hyp, *splits, imgsz, model.max_stride)
+    splits = scan_splits(inputs.data, flags)
+    loader, _ = build_loaders(flags, inputs.hyp, *splits, imgsz, model.max_stride)
     precision = select_precision(flags.amp, device)
     run = train.build_run(flags, inputs, model, imgsz, device, precision, len(loader), Path())
     return run, loader
@@ -124,7 +126,7 @@ def build_plain(
 ) -> tuple[plain.PlainTraining, DataLoader[Any]]:
     """The textbook training of the same network on the same images."""
     flags, inputs, device, model, imgsz = _prepare(options, size)
-    split, _ = train.scan_splits(inputs.data, flags)
+    split, _ = scan_splits(inputs.data, flags)
     dataset = plain.PlainDataset(split, imgsz, inputs.hyp)
     loader = plain.build_loader(dataset, options.batch, harness.count_plain_workers(options))
     settings = train.loss_settings(inputs.hyp, model, imgsz)

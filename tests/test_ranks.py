@@ -25,6 +25,7 @@ from utils.flags.train import parse_args
 from utils.launch import launch
 from utils.pruning.slimming import SparsityPenalty
 from utils.training.inputs import check_processes
+from utils.training.loaders import check_images_are_here
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = [sys.executable, "-m", "tests.steps_of_ranks"]
@@ -92,7 +93,7 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch, case):
 def test_an_image_that_another_machine_lacks_is_named(tmp_path):
     split = SimpleNamespace(paths=(str(tmp_path / "a.jpg"),))
     with pytest.raises(FileNotFoundError, match=r"a\.jpg: not on .*; all machines must have"):
-        train.check_images_are_here(split)
+        check_images_are_here(split)
 
 
 def test_synchronised_norms_are_penalised_folded_and_counted_like_others(tiny_spec):
