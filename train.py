@@ -33,11 +33,11 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -69,11 +69,6 @@ from utils.dataset import (
     sample_batches,
 )
 from utils.device_text import gpu_indices
-from utils.distill import (
-    DistillationGains,
-    DistillationLoss,
-    have_same_anchors,
-)
 from utils.evaluate import EvaluationResult, Tally, evaluate
 from utils.evolve import Score, evolve, keep_options
 from utils.finite import (
@@ -86,13 +81,8 @@ from utils.finite import (
 )
 from utils.lasting_output import lasting_output
 from utils.launch import launch
-from utils.loss import DetectionLoss, LossSettings
 from utils.metrics import fitness
 from utils.optim import (
-    ModelEma,
-    Schedule,
-    build_optimizer,
-    num_warmup_steps,
     restore_optimizer,
     set_step,
 )
@@ -100,7 +90,7 @@ from utils.plots import draw, plot_batch, plot_gamma_history, plot_labels, plot_
 from utils.profile import count_gflops, count_parameters
 from utils.pruning.activations import measure_inputs
 from utils.pruning.channel_groups import find_channel_groups
-from utils.pruning.forecast import Forecast, SparsityPlan, choose_auto_rate, plan_steps
+from utils.pruning.forecast import Forecast
 from utils.pruning.search import build_pruner
 from utils.pruning.slimming import (
     NEAR_ZERO,
@@ -128,16 +118,16 @@ from utils.resume import (
     warn_of_other_data,
 )
 from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
-from utils.stopping import Stopped, StopRequest
+from utils.stopping import Stopped
 from utils.tensorboard import Board
 from utils.training.inputs import Inputs, check_processes, check_share, find_inputs
 from utils.training.loaders import build_loaders, check_images_are_here, scan_splits
 from utils.training.networks import build_network, choose_anchors, freeze_rows, load_teacher
+from utils.training.run import LOSS_NAMES, BeforeStep, Run, add_teacher, build_loss, build_run
 
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("train")
 
-LOSS_NAMES = ("box", "obj", "cls")
 MAX_GRADIENT_NORM = 10.0
 BATCH_MEMORY = 0.9  # of that of a GPU, for a batch size that is found by trying
 REHEARSAL_BOXES = 20  # objects in each image of such a trial
@@ -293,219 +283,43 @@ def open_results(run: Run, train_split: Split, val_split: Split) -> ResultsCsv |
     if run.options.tensorboard:
         run.board = Board(run.dir, run.first_epoch)
         run.board.add_graph(copy.deepcopy(run.ema.model).float(), run.imgsz)
-    run.log_start(train_split, val_split)
+    log_start(run, train_split, val_split)
     resume_epoch = run.first_epoch or None
     return ResultsCsv(run.dir / "results.csv", resume_epoch=resume_epoch)
 
 
-class BeforeStep(NamedTuple):
-    """What batches change before the optimizer does, as it was before the first of them."""
-
-    buffers: list[Tensor]  # of the network: statistics of batch norms
-    loss_sums: Tensor
-
-
-@dataclasses.dataclass
-class Run:
-    """What one training run consists of, and where it stands."""
-
-    options: argparse.Namespace
-    hyp: Hyperparameters
-    model: Model
-    network: nn.Module  # the model, wrapped if several processes train together
-    names: tuple[str, ...]
-    imgsz: int
-    device: torch.device
-    precision: torch.dtype
-    dir: Path
-    loss: DetectionLoss
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    scaler: torch.amp.GradScaler
-    ema: ModelEma
-    plan: SparsityPlan  # of the whole run
-    penalty: SparsityPenalty | None
-    class_maps: np.ndarray  # [K] mAP@.5:.95 of each class after the last validation
-    frozen_norms: list[nn.Module] = dataclasses.field(default_factory=list)
-    first_epoch: int = 0
-    best_fitness: float = -1.0
-    best_epoch: int = 0
-    best: Best = NOT_KNOWN  # mAP@.5, that of an older run on the same data included
-    gammas: list[GammaStatistics] = dataclasses.field(default_factory=list)  # one an epoch
-    teacher: Model | None = None
-    distillation: DistillationLoss | None = None  # there if the teacher is
-    data: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # to see changes
-    stop: StopRequest = dataclasses.field(default_factory=lambda: StopRequest(devices.rank() > 0))
-    is_resumed: bool = False
-    batches: int = 0  # of the current epoch, that the network has learnt from
-    loss_sums: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0))  # over these
-    before: BeforeStep | None = None  # there while batches wait for the step that they belong to
-    saved_at: float = dataclasses.field(default_factory=time.monotonic)
-    board: Board | None = None  # TensorBoard
-
-    @property
-    def loss_names(self) -> tuple[str, ...]:
-        """The parts of the training loss."""
-        return LOSS_NAMES if self.distillation is None else (*LOSS_NAMES, "distill")
-
-    def log_start(self, train_split: Split, val_split: Split) -> None:
-        """Say what is about to happen."""
+def log_start(run: Run, train_split: Split, val_split: Split) -> None:
+    """Say what is about to happen."""
+    LOGGER.info(
+        "%s, %s; %s parameters, %.2f GFLOPs at %d px",
+        devices.describe_device(run.device),
+        str(run.precision).removeprefix("torch."),
+        f"{count_parameters(run.model):,}",
+        count_gflops(run.ema.model, run.imgsz),
+        run.imgsz,
+    )
+    if run.penalty is not None:
+        weights = torch.cat(run.penalty.weights)
+        pulled = weights[weights > 0]  # not those that were let go
         LOGGER.info(
-            "%s, %s; %s parameters, %.2f GFLOPs at %d px",
-            devices.describe_device(self.device),
-            str(self.precision).removeprefix("torch."),
-            f"{count_parameters(self.model):,}",
-            count_gflops(self.ema.model, self.imgsz),
-            self.imgsz,
+            "sparse training (%s, shortcuts: %s): rate %s, by cost %.2g to %.2g times that, on "
+            "%d gammas in %d layers",
+            run.penalty.mode,
+            run.penalty.shortcut,
+            run.options.sparsity_rate,
+            pulled.min().item(),
+            pulled.max().item(),
+            run.penalty.num_channels,
+            len(run.penalty.batchnorms),
         )
-        if self.penalty is not None:
-            weights = torch.cat(self.penalty.weights)
-            pulled = weights[weights > 0]  # not those that were let go
-            LOGGER.info(
-                "sparse training (%s, shortcuts: %s): rate %s, by cost %.2g to %.2g times that, on "
-                "%d gammas in %d layers",
-                self.penalty.mode,
-                self.penalty.shortcut,
-                self.options.sparsity_rate,
-                pulled.min().item(),
-                pulled.max().item(),
-                self.penalty.num_channels,
-                len(self.penalty.batchnorms),
-            )
-            log_forecast(self, self.penalty, self.first_epoch)
-        LOGGER.info(
-            "%d training and %d validation images; epochs %d to %d; results in %s",
-            len(train_split.paths),
-            len(val_split.paths),
-            self.first_epoch,
-            self.options.epochs - 1,
-            self.dir,
-        )
-
-
-def build_run(
-    options: argparse.Namespace,
-    inputs: Inputs,
-    model: Model,
-    imgsz: int,
-    device: torch.device,
-    precision: torch.dtype,
-    steps_per_epoch: int,
-    run_dir: Path,
-) -> Run:
-    """Loss, optimizer, schedule and average for the network, on the device."""
-    hyp = inputs.hyp
-    model.to(device, memory_format=torch.channels_last)
-    nominal = options.nominal_batch
-    full_batch = options.batch_size * max(round(nominal / options.batch_size), 1)
-    optimizer = build_optimizer(
-        model,
-        options.optimizer,
-        hyp.lr0,
-        hyp.momentum,
-        hyp.weight_decay * full_batch / nominal,
-    )
-    schedule = Schedule(
-        lr0=hyp.lr0,
-        lrf=hyp.lrf,
-        epochs=options.epochs,
-        momentum=hyp.momentum,
-        cosine=options.cos_lr,
-        nominal_batch=nominal,
-        warmup_steps=num_warmup_steps(hyp.warmup_epochs, steps_per_epoch, options.epochs),
-        warmup_momentum=hyp.warmup_momentum,
-        # Adam normalises its steps: the bias rate meant for SGD would throw biases about.
-        warmup_bias_lr=hyp.warmup_bias_lr if options.optimizer == "SGD" else 0.0,
-    )
-    plan = SparsityPlan(
-        plan_steps(schedule, steps_per_epoch, options.batch_size),
-        options.epochs,
-        options.optimizer,
-        options.sparsity_mode,
-        options.sparsity_schedule,
-    )
-    network: nn.Module = model
-    if devices.world_size() > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        network = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    return Run(
-        options=options,
-        hyp=hyp,
-        model=model,
-        network=network,
-        names=inputs.data.names,
-        imgsz=imgsz,
-        device=device,
-        precision=precision,
-        dir=run_dir,
-        loss=DetectionLoss(model.head.anchors, loss_settings(hyp, model, imgsz), ranks.add_up),
-        optimizer=optimizer,
-        schedule=schedule,
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
-        ema=ModelEma(model),
-        plan=plan,
-        penalty=build_penalty(options, model, plan),
-        class_maps=np.zeros(inputs.data.num_classes),
-    )
-
-
-def loss_settings(hyp: Hyperparameters, model: Model, imgsz: int) -> LossSettings:
-    """Gains of the hyperparameter file, which are for 3 levels, 80 classes and 640 pixels."""
-    levels = 3 / len(model.head.strides)
-    return LossSettings(
-        box=hyp.box * levels,
-        obj=hyp.obj * levels * (imgsz / 640) ** 2,
-        cls=hyp.cls * levels * model.head.num_classes / 80,
-        cls_pw=hyp.cls_pw,
-        obj_pw=hyp.obj_pw,
-        anchor_t=hyp.anchor_t,
-        fl_gamma=hyp.fl_gamma,
-        label_smoothing=hyp.label_smoothing,
-    )
-
-
-def build_penalty(
-    options: argparse.Namespace, model: Model, plan: SparsityPlan
-) -> SparsityPenalty | None:
-    """The L1 term on the gammas that prune.py can remove; None in other stages."""
-    if not options.bn_sparsity:
-        return None
-    batchnorms = prunable_batchnorms(model, options.shortcut)
-    frozen = [path for path, bn in batchnorms.items() if not bn.weight.requires_grad]
-    if len(frozen) == len(batchnorms):
-        raise ValueError("--freeze leaves no layer that --bn_sparsity could make sparse")
-    if frozen:
-        LOGGER.warning("--freeze: no penalty on %d frozen layers, from %s", len(frozen), frozen[0])
-    rate = options.sparsity_rate
-    if rate == "auto":
-        teacher_gain = options.distill_gain if options.teacher else 0.0
-        rate = choose_auto_rate(plan, median_gamma(batchnorms.values()), teacher_gain)
-    return SparsityPenalty(
-        model,
-        rate,
-        options.epochs,
-        options.shortcut,
-        options.sparsity_mode,
-        options.sparsity_schedule,
-        options.sparsity_cost,
-        options.sparsity_share,
-    )
-
-
-def add_teacher(run: Run, teacher: Model | None) -> None:
-    """Let the run learn from the teacher, if there is one, with the gains that the labels have."""
-    if teacher is None:
-        return
-    if not have_same_anchors(teacher, run.model):
-        LOGGER.warning(
-            "warning: the anchors of the teacher are others; boxes are compared as they are, but "
-            "which anchor sees an object may be taught against the labels"
-        )
-    run.teacher = teacher.to(run.device, memory_format=torch.channels_last)
-    labels, gain = loss_settings(run.hyp, run.model, run.imgsz), run.options.distill_gain
-    gains = DistillationGains(box=gain * labels.box, obj=gain * labels.obj, cls=gain * labels.cls)
-    run.distillation = DistillationLoss(
-        run.model.head.anchors, teacher.head.anchors, gains, ranks.add_up
+        log_forecast(run, run.penalty, run.first_epoch)
+    LOGGER.info(
+        "%d training and %d validation images; epochs %d to %d; results in %s",
+        len(train_split.paths),
+        len(val_split.paths),
+        run.first_epoch,
+        run.options.epochs - 1,
+        run.dir,
     )
 
 
@@ -528,8 +342,7 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
         "training",
     )
     run.model.load_state_dict(state["model"])
-    # It keeps a copy of the anchors.
-    run.loss = DetectionLoss(run.model.head.anchors, run.loss.settings, ranks.add_up)
+    run.loss = build_loss(run.model, run.loss.settings)
     run.ema.load_state_dict(state["ema"])
     restore_optimizer(run.optimizer, state["optimizer"])
     if state["scaler"]:  # empty where the run did without, in another precision
@@ -643,7 +456,7 @@ def blank_images(run: Run, number: int, side: int) -> Tensor:
 def advise_batch_size(run: Run, error: torch.OutOfMemoryError) -> str:
     """What happened, and the batch size that would fit; tries it out on the network, which ends."""
     traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
-    go_alone(run)
+    run.go_alone()
     run.optimizer.zero_grad(set_to_none=True)
     devices.free_memory(run.device)
     options, count = run.options, devices.world_size()
@@ -656,12 +469,6 @@ def advise_batch_size(run: Run, error: torch.OutOfMemoryError) -> str:
     again = f"python train.py --resume {run.dir} --batch-size {fits}"
     has_last = (run.dir / "weights/last.pt").is_file()
     return f"out of memory with {given}; {again if has_last else f'--batch-size {fits}'} fits"
-
-
-def go_alone(run: Run) -> None:
-    """From here on this process must not wait for others: they may be elsewhere, until it ends."""
-    run.network = run.model
-    ranks.go_alone()
 
 
 @contextmanager
@@ -744,7 +551,7 @@ def let_go(run: Run, penalty: SparsityPenalty, epoch: int) -> None:
 
 def explain_not_finite(run: Run, error: FloatingPointError, epoch: int) -> str:
     """What is not finite and where it began; the batch is saved for a look."""
-    go_alone(run)
+    run.go_alone()
     reasons = [str(error)]
     if isinstance(error, NotFinite):
         if devices.rank() == 0:

@@ -29,6 +29,7 @@ from utils.device import select_device, select_precision
 from utils.training.inputs import Inputs, find_inputs
 from utils.training.loaders import build_loaders, scan_splits
 from utils.training.networks import build_network
+from utils.training.run import Run, build_run, loss_settings
 
 NUM_BATCHES = 4  # in memory, for the step alone
 
@@ -111,13 +112,13 @@ def _prepare(
     )
 
 
-def build_ours(options: argparse.Namespace, size: str) -> tuple[train.Run, Loader]:
+def build_ours(options: argparse.Namespace, size: str) -> tuple[Run, Loader]:
     """A training run and its loader as train.py builds them."""
     flags, inputs, device, model, imgsz = _prepare(options, size)
     splits = scan_splits(inputs.data, flags)
     loader, _ = build_loaders(flags, inputs.hyp, *splits, imgsz, model.max_stride)
     precision = select_precision(flags.amp, device)
-    run = train.build_run(flags, inputs, model, imgsz, device, precision, len(loader), Path())
+    run = build_run(flags, inputs, model, imgsz, device, precision, len(loader), Path())
     return run, loader
 
 
@@ -129,11 +130,11 @@ def build_plain(
     split, _ = scan_splits(inputs.data, flags)
     dataset = plain.PlainDataset(split, imgsz, inputs.hyp)
     loader = plain.build_loader(dataset, options.batch, harness.count_plain_workers(options))
-    settings = train.loss_settings(inputs.hyp, model, imgsz)
+    settings = loss_settings(inputs.hyp, model, imgsz)
     return plain.PlainTraining(model, settings, inputs.hyp, options.optimizer, device), loader
 
 
-def our_epoch(run: train.Run, batches: Loader | InMemory) -> Callable[[], None]:
+def our_epoch(run: Run, batches: Loader | InMemory) -> Callable[[], None]:
     """One pass as train.py does it; a new epoch at each call, from 1, as 0 draws pictures."""
     epochs = itertools.count(1)
 

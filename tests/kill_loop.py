@@ -32,6 +32,7 @@ import yaml
 
 import train
 from utils.checkpoint import load_checkpoint, load_detector
+from utils.training.run import Run
 
 # What the training is doing, for the process that kills it.
 PHASES = ("start", "train_one_epoch", "validate", "log_epoch", "save_checkpoint", "finish")
@@ -156,7 +157,7 @@ def start(argv: list[str], output: int, phase: mmap.mmap, reader: int | None = N
         tell(name, number, phase)
     finish = train.finish
 
-    def keep_state_and_finish(run: train.Run, seconds: float) -> None:
+    def keep_state_and_finish(run: Run, seconds: float) -> None:
         last = run.dir / "weights/last.pt"
         if "training" in load_checkpoint(last):  # not again after a kill within `finish`
             shutil.copy(last, run.dir / "state.pt")

@@ -23,6 +23,7 @@ import train
 from utils import ranks
 from utils.command import run_command
 from utils.device import rank
+from utils.training.run import Run
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -104,7 +105,7 @@ def steps_of(argv: list[str]) -> list[dict]:
     steps: list[dict] = []
     optimizer_step = train.optimizer_step
 
-    def step(run: train.Run, epoch: int, norm: torch.Tensor) -> None:
+    def step(run: Run, epoch: int, norm: torch.Tensor) -> None:
         gradients = torch.cat([p.grad.flatten() for p in run.model.parameters()])
         optimizer_step(run, epoch, norm)
         gammas = {} if run.penalty is None else run.penalty.batchnorms

@@ -18,11 +18,11 @@ import torch
 import yaml
 from torch import nn
 
-import train
 from models import Model, ModelSpec
 from utils.checkpoint import build_checkpoint, load_checkpoint, save_checkpoint
 from utils.flags.train import parse_args
 from utils.launch import launch
+from utils.optim import ModelEma
 from utils.pruning.slimming import SparsityPenalty
 from utils.training.inputs import check_processes
 from utils.training.loaders import check_images_are_here
@@ -105,7 +105,7 @@ def test_synchronised_norms_are_penalised_folded_and_counted_like_others(tiny_sp
         for model in (plain, synchronised)
     ]
     assert torch.equal(*weights)
-    plain, synchronised = (train.ModelEma(model).model.fuse() for model in (plain, synchronised))
+    plain, synchronised = (ModelEma(model).model.fuse() for model in (plain, synchronised))
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
     images = torch.rand(1, 3, 64, 64)
     torch.testing.assert_close(synchronised(images)[0], plain(images)[0])

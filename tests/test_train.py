@@ -24,12 +24,13 @@ from utils import plots, ranks
 from utils.checkpoint import build_checkpoint, load_checkpoint, load_detector, save_checkpoint
 from utils.config import load_hyperparameters
 from utils.evolve import read_history
-from utils.loss import DetectionLoss
-from utils.optim import build_optimizer
+from utils.loss import DetectionLoss, LossSettings
+from utils.optim import ModelEma, Schedule, build_optimizer
 from utils.pruning import slimming
 from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorms
 from utils.pruning.verdict import History
 from utils.resume import newest_unfinished
+from utils.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -306,7 +307,7 @@ def test_what_is_saved_now_and_then_beside_a_gpu(base, tmp_path, monkeypatch):
     monkeypatch.setattr(
         train, "save_position", lambda run, epoch: saved.append((epoch, run.batches))
     )
-    monkeypatch.setattr(train.Schedule, "accumulation", lambda *_: 2)
+    monkeypatch.setattr(Schedule, "accumulation", lambda *_: 2)
     train.main([*base, "--epochs", "1", "--batch", "1"])
     assert saved == [(0, 0), (0, 2), (0, 4)]  # the first before anything
 
@@ -639,10 +640,10 @@ def build_step_run(tiny_spec, precision_scale: float):
     torch.manual_seed(0)
     model = Model(ModelSpec.from_dict(tiny_spec))
     scaler = torch.amp.GradScaler("cpu", init_scale=precision_scale, enabled=precision_scale != 1)
-    run = train.Run(**dict.fromkeys(f.name for f in dataclasses.fields(train.Run)
+    run = Run(**dict.fromkeys(f.name for f in dataclasses.fields(Run)
                                     if f.default is dataclasses.MISSING
                                     and f.default_factory is dataclasses.MISSING))  # fmt: skip
-    run.model, run.scaler, run.ema = model, scaler, train.ModelEma(model)
+    run.model, run.scaler, run.ema = model, scaler, ModelEma(model)
     run.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     run.penalty = SparsityPenalty(model, 0.01, 10)
     return run
@@ -700,7 +701,7 @@ def test_the_average_takes_over_exact_zeros_alone(tiny_spec):
     run = build_proximal_run(tiny_spec, rate=1.0)
     bn = run.penalty.batchnorms["0"]
     bn.weight.data = torch.tensor([0.05, -0.05, 0.3, 1.0]).repeat(2)
-    run.ema = train.ModelEma(run.model)
+    run.ema = ModelEma(run.model)
     before = run.ema.model.model[0].bn.weight.clone()
     take_steps_without_loss(run, 1, [0.1])
     averaged = run.ema.model.model[0].bn.weight
@@ -770,7 +771,7 @@ def test_loss_falls_on_one_batch(tiny_spec):
     model = Model(ModelSpec.from_dict(tiny_spec)).train()
     images = torch.rand(2, 3, 64, 64)
     targets = torch.tensor([[0, 1, 0.5, 0.5, 0.3, 0.4], [1, 2, 0.3, 0.6, 0.5, 0.2]])
-    loss_fn = DetectionLoss(model.head.anchors, train.LossSettings(box=0.05, obj=1, cls=0.5))
+    loss_fn = DetectionLoss(model.head.anchors, LossSettings(box=0.05, obj=1, cls=0.5))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses = []
     for _ in range(30):
@@ -1044,7 +1045,7 @@ def spoil(monkeypatch):
     def spoil(*bad):
         monkeypatch.setattr(Spoilt, "bad", frozenset(bad))
         monkeypatch.setattr(Spoilt, "calls", 0)
-        monkeypatch.setattr(train, "DetectionLoss", Spoilt)
+        monkeypatch.setattr("utils.training.run.DetectionLoss", Spoilt)
 
     return spoil
 
