@@ -38,7 +38,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from models import Model
@@ -124,11 +123,11 @@ from utils.training.inputs import Inputs, check_processes, check_share, find_inp
 from utils.training.loaders import build_loaders, check_images_are_here, scan_splits
 from utils.training.networks import build_network, choose_anchors, freeze_rows, load_teacher
 from utils.training.run import LOSS_NAMES, BeforeStep, Run, add_teacher, build_loss, build_run
+from utils.training.step import clip_gradients, compute_loss, optimizer_step, to_device
 
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("train")
 
-MAX_GRADIENT_NORM = 10.0
 BATCH_MEMORY = 0.9  # of that of a GPU, for a batch size that is found by trying
 REHEARSAL_BOXES = 20  # objects in each image of such a trial
 RECOVERY_FACTOR, LEAST_RECOVERY = 0.5, 0.5**5  # of the learning rate with --on-nan recover
@@ -732,73 +731,6 @@ def draw_data(run: Run, loader: Loader, batch: Batch, epoch: int, index: int) ->
         draw(plot_labels, labels, run.names, run.dir / "labels.jpg")
     picture = run.dir / f"train_batch{index}.jpg"
     draw(plot_batch, batch.images, batch.targets, batch.paths, run.names, picture)
-
-
-def to_device(run: Run, batch: Batch, epoch: int, index: int) -> Tensor:
-    """Images 0-1 `[B, 3, H, W]` on the device, channels last; resized if `--multi-scale`."""
-    images = batch.images.to(run.device, non_blocking=True)
-    # Whole numbers up to 255 are exact in bfloat16, in which mixed precision computes anyway.
-    exact = run.precision == torch.bfloat16 and not run.options.multi_scale
-    images = images.to(run.precision if exact else torch.float32, memory_format=torch.channels_last)
-    images.div_(255)
-    if run.options.multi_scale:
-        rng = np.random.default_rng((run.options.seed, epoch, index))
-        stride = run.model.max_stride
-        side = int(rng.integers(run.imgsz // 2, run.imgsz * 3 // 2 + 1))
-        factor = side / max(images.shape[2:])
-        size = [max(round(length * factor / stride), 1) * stride for length in images.shape[2:]]
-        images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-    return images
-
-
-def compute_loss(
-    run: Run, images: Tensor, targets: Tensor, *, is_extra: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The loss of a batch to minimise (scalar), and its parts in the order of `run.loss_names`.
-
-    Of several processes each gets its share; one whose images are extra gets 0.
-    """
-    weight = 0.0 if is_extra else 1.0
-    mixed = run.precision != torch.float32
-    with torch.autocast(run.device.type, run.precision, enabled=mixed):
-        logits = run.network(images)
-    loss, parts = run.loss(logits, targets, weight)
-    if run.teacher is None or run.distillation is None:
-        return loss, parts
-    with torch.no_grad(), torch.autocast(run.device.type, run.precision, enabled=mixed):
-        _, wanted = run.teacher(images)
-    distillation, terms = run.distillation(logits, wanted, weight)
-    return loss + distillation, torch.cat((parts, terms.sum(0, keepdim=True)))
-
-
-def clip_gradients(run: Run) -> Tensor:
-    """Unscale the gradients and shorten them to `MAX_GRADIENT_NORM`; returns their norm before."""
-    run.scaler.unscale_(run.optimizer)
-    return torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRADIENT_NORM)
-
-
-def optimizer_step(run: Run, epoch: int, norm: Tensor) -> None:
-    """Add the sparsity term, step, average.
-
-    The term follows unscaling and clipping and comes once per step, so that the rate means the
-    same with any precision, accumulation and gradient norm. Its proximal form follows the step.
-
-    Args:
-        run: with gradients as `clip_gradients` leaves them.
-        epoch: the current one.
-        norm: what `clip_gradients` gave.
-    """
-    if run.penalty is not None:
-        run.penalty.before_step(epoch, norm)
-    if run.optimizer.defaults["fused"] and not run.scaler.is_enabled():
-        # It leaves a step out that is not finite, and nothing has to wait for the device.
-        run.optimizer.found_inf = (~norm.isfinite()).float()
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    if run.penalty is not None:
-        run.penalty.after_step(epoch, norm, run.optimizer, run.ema.model)
-    run.optimizer.zero_grad(set_to_none=True)
-    run.ema.update(run.model)
 
 
 def show_progress(bar: tqdm, run: Run, means: Tensor, lr: float) -> None:

@@ -31,6 +31,7 @@ from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorm
 from utils.pruning.verdict import History
 from utils.resume import newest_unfinished
 from utils.training.run import Run
+from utils.training.step import MAX_GRADIENT_NORM, clip_gradients, optimizer_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -657,7 +658,7 @@ def test_rate_means_the_same_with_loss_scaling_and_accumulation(tiny_spec, scale
     for _ in range(micro_batches):
         zero = sum((p * 0).sum() for p in run.model.parameters())
         run.scaler.scale(zero).backward()
-    train.optimizer_step(run, 0, train.clip_gradients(run))
+    optimizer_step(run, 0, clip_gradients(run))
     for name, norm in run.penalty.batchnorms.items():
         torch.testing.assert_close(norm.weight.detach(), before[name] - 0.1 * 0.01)
 
@@ -676,7 +677,7 @@ def take_steps_without_loss(run, micro_batches, lrs):
             run.scaler.scale(sum((p * 0).sum() for p in run.model.parameters())).backward()
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        train.optimizer_step(run, epoch, train.clip_gradients(run))
+        optimizer_step(run, epoch, clip_gradients(run))
     return torch.cat([bn.weight.detach() for bn in run.penalty.batchnorms.values()])
 
 
@@ -717,7 +718,7 @@ def test_a_step_that_the_scaler_leaves_out_shrinks_nothing(tiny_spec):
     for parameter in run.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     run.model.model[0].conv.weight.grad[0] = float("inf")
-    train.optimizer_step(run, 1, train.clip_gradients(run))
+    optimizer_step(run, 1, clip_gradients(run))
     assert run.scaler.get_scale() == 65536 / 2  # it was left out
     after = torch.cat([bn.weight.detach() for bn in run.penalty.batchnorms.values()])
     assert torch.equal(before, after)
@@ -737,7 +738,7 @@ def train_in_two(rank, tiny_spec, folder, mode, rate, port):
         torch.manual_seed(rank)
         for _ in range(3):
             sum(logits.square().mean() for logits in network(torch.rand(2, 3, 64, 64))).backward()
-            train.optimizer_step(run, 0, train.clip_gradients(run))
+            optimizer_step(run, 0, clip_gradients(run))
         gammas = torch.cat([bn.weight.detach() for bn in run.penalty.batchnorms.values()])
         averaged = copy.deepcopy(run.model)
         list(prunable_batchnorms(averaged).values())[-rank].weight.data.zero_()  # another layer
@@ -1146,7 +1147,7 @@ def test_a_step_that_is_not_finite_is_left_out_on_the_device(tiny_spec, optimize
         for value in values:
             for parameter in run.model.parameters():
                 parameter.grad = torch.full_like(parameter, value)
-            train.optimizer_step(run, 0, train.clip_gradients(run))
+            optimizer_step(run, 0, clip_gradients(run))
     assert_same_weights(*(run.model.state_dict() for run in runs))
 
 
@@ -1357,8 +1358,8 @@ def test_penalty_keeps_its_strength_beside_large_gradients(tiny_spec):
         parameter.grad = torch.full_like(parameter, 100.0)
     name, norm = next(iter(run.penalty.batchnorms.items()))
     num_values = sum(p.numel() for p in run.model.parameters())
-    clipped = train.MAX_GRADIENT_NORM / num_values**0.5
-    train.optimizer_step(run, 0, train.clip_gradients(run))
+    clipped = MAX_GRADIENT_NORM / num_values**0.5
+    optimizer_step(run, 0, clip_gradients(run))
     expected = torch.full_like(norm.weight, 1 - 0.1 * (clipped + 0.01))
     torch.testing.assert_close(norm.weight.detach(), expected, msg=name)
 

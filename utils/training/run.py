@@ -61,7 +61,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
-    ema: ModelEma
+    ema: ModelEma[Model]
     plan: SparsityPlan  # of the whole run
     penalty: SparsityPenalty | None
     class_maps: np.ndarray  # [K] mAP@.5:.95 of each class after the last validation
