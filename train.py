@@ -51,7 +51,7 @@ from utils.checkpoint import (
     save_checkpoint,
     save_final,
 )
-from utils.choices import AUTO_BATCH, DEFAULT_IMPORTANCE
+from utils.choices import AUTO_BATCH
 from utils.claim import claim, release
 from utils.command import NOT_FINITE, describe_os_error, run_command
 from utils.config import (
@@ -65,7 +65,6 @@ from utils.dataset import (
     Split,
     image_weights_from_map,
     round_imgsz,
-    sample_batches,
 )
 from utils.device_text import gpu_indices
 from utils.evaluate import EvaluationResult, Tally, evaluate
@@ -87,25 +86,16 @@ from utils.optim import (
 )
 from utils.plots import draw, plot_batch, plot_gamma_history, plot_labels, plot_results
 from utils.profile import count_gflops, count_parameters
-from utils.pruning.activations import measure_inputs
-from utils.pruning.channel_groups import find_channel_groups
-from utils.pruning.forecast import Forecast
-from utils.pruning.search import build_pruner
 from utils.pruning.slimming import (
-    NEAR_ZERO,
     GammaStatistics,
-    SparsityPenalty,
     gamma_statistics,
-    median_gamma,
     prunable_batchnorms,
 )
 from utils.pruning.verdict import (
     NOT_KNOWN,
     Best,
     History,
-    describe_readiness,
     known_map50,
-    measure_readiness,
 )
 from utils.resume import (
     Resumed,
@@ -123,6 +113,7 @@ from utils.training.inputs import Inputs, check_processes, check_share, find_inp
 from utils.training.loaders import build_loaders, check_images_are_here, scan_splits
 from utils.training.networks import build_network, choose_anchors, freeze_rows, load_teacher
 from utils.training.run import LOSS_NAMES, BeforeStep, Run, add_teacher, build_loss, build_run
+from utils.training.sparsity import give_verdict, is_verdict_due, let_go, log_forecast
 from utils.training.step import clip_gradients, compute_loss, optimizer_step, to_device
 
 ROOT = Path(__file__).resolve().parent
@@ -134,8 +125,6 @@ RECOVERY_FACTOR, LEAST_RECOVERY = 0.5, 0.5**5  # of the learning rate with --on-
 PROGRESS_BATCHES = 10  # between two looks at what the device has computed
 SAVE_SECONDS = 600  # between two checkpoints at most, though an epoch takes longer
 GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
-# Images that the verdict on a sparse network is learnt from and measured on.
-VERDICT_TRAIN_IMAGES, VERDICT_IMAGES, VERDICT_BATCH = 64, 256, 16
 
 
 @lasting_output()
@@ -537,17 +526,6 @@ def train_epochs(
         epoch += 1
 
 
-def let_go(run: Run, penalty: SparsityPenalty, epoch: int) -> None:
-    """Once enough of the averaged gammas are near 0, pull at the others no more, and say so."""
-    share = penalty.release(run.ema.model)
-    if share is not None:
-        LOGGER.info(
-            "epoch %d: %.1f%% of the gammas are below %g, --sparsity_share is %g%%; the others are "
-            "let go from here on",
-            epoch, 100 * share, NEAR_ZERO, 100 * penalty.release_share,
-        )  # fmt: skip
-
-
 def explain_not_finite(run: Run, error: FloatingPointError, epoch: int) -> str:
     """What is not finite and where it began; the batch is saved for a look."""
     run.go_alone()
@@ -815,86 +793,6 @@ def show_on_board(run: Run, board: Board, epoch: int, row: Mapping[str, float]) 
         board.add_gammas({path: bn.weight for path, bn in batchnorms.items()}, epoch)
     if epoch == run.first_epoch:
         board.add_pictures(sorted(run.dir.glob("*.jpg")), epoch)
-
-
-def is_verdict_due(options: argparse.Namespace, epoch: int, is_last: bool) -> bool:
-    """After each quarter of a sparse run and at its end; it takes half a dozen evaluations."""
-    quarters = [4 * done // options.epochs for done in (epoch, epoch + 1)]
-    return is_last or (not options.noval and quarters[0] < quarters[1])
-
-
-def give_verdict(
-    run: Run,
-    penalty: SparsityPenalty,
-    train_loader: Loader,
-    val_loader: Loader,
-    epoch: int,
-    history: History,
-) -> None:
-    """Say how much can go by now; no advice is worth a run."""
-    train_loader.set_epoch(epoch)
-    so_far = dataclasses.replace(history, epochs_done=epoch + 1)
-    try:
-        with torch.random.fork_rng([]):  # a run that is killed here is resumed without it
-            LOGGER.info("%s", judge_network(run, penalty, train_loader, val_loader, so_far))
-    except Stopped:  # all is saved, and the next batch sees the request
-        LOGGER.warning("warning: no verdict on the sparse network: asked to stop")
-    except (RuntimeError, ValueError) as error:
-        LOGGER.warning("warning: no verdict on the sparse network: %s", error)
-
-
-def judge_network(
-    run: Run, penalty: SparsityPenalty, train_loader: Loader, val_loader: Loader, history: History
-) -> str:
-    """Cut the averaged network as prune.py would, and measure it.
-
-    Raises:
-        Stopped: the program was asked to end.
-    """
-    model = copy.deepcopy(run.ema.model)
-    seen = (batch.images for batch in sample_batches(train_loader, VERDICT_TRAIN_IMAGES))
-    parts = (part for images in seen for part in images.split(VERDICT_BATCH))
-    batches = (part.to(run.device).float() / 255 for part in parts)
-    groups = find_channel_groups(model, penalty.shortcut)
-    statistics = measure_inputs(model, groups, run.stop.watch(batches))
-    run.stop.check()
-    pruner = build_pruner(
-        model,
-        run.imgsz,
-        shortcut=penalty.shortcut,
-        importance=DEFAULT_IMPORTANCE,
-        compensation="linear",
-        statistics=statistics,
-    )
-    sample = sample_batches(val_loader, VERDICT_IMAGES)
-
-    def score(network: Model) -> float:
-        fused = copy.deepcopy(network).eval().fuse()
-        single_cls = run.options.single_cls
-        watched = run.stop.watch(sample)
-        result = evaluate(
-            fused, watched, run.names, device=run.device, single_cls=single_cls, progress=False
-        )
-        run.stop.check()
-        return result.map50
-
-    verdict = describe_readiness(measure_readiness(pruner, score), history)
-    return f"{verdict} (on {sum(len(batch.images) for batch in sample)} validation images)"
-
-
-def log_forecast(run: Run, penalty: SparsityPenalty, first_epoch: int) -> None:
-    """Say how sparse the rest of the run can become; more is known after its first epoch."""
-    if penalty.is_released:
-        LOGGER.info("enough gammas are near 0; the others have been let go")
-        return
-    forecast = Forecast(
-        run.plan.rest(first_epoch),
-        penalty.sparsity_rate,
-        median_gamma(penalty.batchnorms.values()),
-        penalty.noise.sigma().item() or None,
-    )
-    for remark in forecast.remarks():
-        LOGGER.log(logging.WARNING if remark.is_warning else logging.INFO, remark.text)
 
 
 def plot_gammas(run: Run) -> None:

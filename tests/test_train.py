@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import math
 import os
+import pkgutil
 import re
 import signal
 import socket
@@ -23,6 +24,7 @@ from models import Model, ModelSpec
 from utils import plots, ranks
 from utils.checkpoint import build_checkpoint, load_checkpoint, load_detector, save_checkpoint
 from utils.config import load_hyperparameters
+from utils.evaluate import evaluate
 from utils.evolve import read_history
 from utils.loss import DetectionLoss, LossSettings
 from utils.optim import ModelEma, Schedule, build_optimizer
@@ -31,6 +33,7 @@ from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorm
 from utils.pruning.verdict import History
 from utils.resume import newest_unfinished
 from utils.training.run import Run
+from utils.training.sparsity import give_verdict, is_verdict_due
 from utils.training.step import MAX_GRADIENT_NORM, clip_gradients, optimizer_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -181,17 +184,20 @@ def test_a_resumed_run_goes_on_with_its_scale_of_losses(base, tmp_path, monkeypa
     assert_same_state(*(load_checkpoint(path)["training"] for path in (parts, whole)))
 
 
-def signal_self_at_call(monkeypatch, name, number, cause):
-    """Ask the process to end while train.py is in the call of that number of one of its parts."""
-    original, calls = getattr(train, name), []
+def signal_self_at_call(monkeypatch, part, number, cause):
+    """Ask the process to end in the call of that number of `part`.
+
+    That is the dotted name of a function in the module that calls it.
+    """
+    original, calls = pkgutil.resolve_name(part), []
 
     def call(*arguments, **settings):
-        calls.append(name)
+        calls.append(part)
         if len(calls) == number:
             os.kill(os.getpid(), cause)
         return original(*arguments, **settings)
 
-    monkeypatch.setattr(train, name, call)
+    monkeypatch.setattr(part, call)
 
 
 def assert_same_state(a, b, where="training"):
@@ -212,11 +218,11 @@ def assert_same_state(a, b, where="training"):
 
 # The call in which the signal comes, and after how many of its 4 batches the epoch is left.
 STOPS = {
-    "first step": ("optimizer_step", 1, signal.SIGTERM, ("dense", 0, 2)),
-    "within an accumulation": ("compute_loss", 7, signal.SIGINT, ("sparse", 1, 2)),
-    "verdict": ("measure_readiness", 1, signal.SIGTERM, ("sparse", 1, 0)),
-    "validation": ("validate", 2, signal.SIGTERM, ("sparse", 1, 4)),
-    "checkpoint": ("save_epoch", 2, signal.SIGHUP, ("dense", 2, 0)),
+    "first step": ("train.optimizer_step", 1, signal.SIGTERM, ("dense", 0, 2)),
+    "within an accumulation": ("train.compute_loss", 7, signal.SIGINT, ("sparse", 1, 2)),
+    "verdict": ("utils.training.sparsity.measure_readiness", 1, signal.SIGTERM, ("sparse", 1, 0)),
+    "validation": ("train.validate", 2, signal.SIGTERM, ("sparse", 1, 4)),
+    "checkpoint": ("train.save_epoch", 2, signal.SIGHUP, ("dense", 2, 0)),
 }
 
 
@@ -269,7 +275,7 @@ def test_a_run_whose_output_nobody_reads_any_more_goes_on(base, tmp_path, monkey
     with os.fdopen(writer, "w") as stream, monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", stream)
         patched.setattr(sys, "stderr", stream)
-        signal_self_at_call(patched, "compute_loss", 3, signal.SIGINT)
+        signal_self_at_call(patched, "train.compute_loss", 3, signal.SIGINT)
         with pytest.raises(SystemExit) as stopped:
             train.main([*base, "--epochs", "2"])
     assert stopped.value.code == 130
@@ -520,13 +526,10 @@ def test_a_sparse_run_says_how_much_can_go(base, caplog, monkeypatch):
     scored = []
 
     def score_by_size(network, batches, names, **settings):
-        if "loss_fn" in settings:  # the validation of an epoch
-            return real_evaluate(network, batches, names, **settings)
         scored.append(sum(network.widths().values()))
         return SimpleNamespace(map50=0.5 if scored[-1] > 0.5 * max(scored) else 0.2)
 
-    real_evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", score_by_size)
+    monkeypatch.setattr("utils.training.sparsity.evaluate", score_by_size)
     with caplog.at_level("INFO"):
         train.main([*base, "--epochs", "4", "--bn_sparsity", "--sparsity_rate", "0.01"])
     said = [line for line in caplog.messages if "ready to prune" in line]
@@ -538,14 +541,15 @@ def test_a_sparse_run_says_how_much_can_go(base, caplog, monkeypatch):
 
 def test_a_sparse_run_that_ruins_what_it_began_with_is_told(base, tmp_path, caplog, monkeypatch):
     """Measured by its own best epoch and by the starting weights, also when resumed."""
-    real_evaluate, scores = train.evaluate, iter((0.3, 0.7, 0.5, 0.2, 0.6))
+    scores = iter((0.3, 0.7, 0.5, 0.2, 0.6))
 
     def next_score(network, batches, names, **settings):
-        result = real_evaluate(network, batches, names, **settings)
+        result = evaluate(network, batches, names, **settings)
         map50 = next(scores) if "loss_fn" in settings else 0.5
         return dataclasses.replace(result, map50=map50)
 
     monkeypatch.setattr(train, "evaluate", next_score)
+    monkeypatch.setattr("utils.training.sparsity.evaluate", next_score)
     runs = tmp_path / "runs"
     train.main([*base, "--epochs", "2", "--name", "dense"])
     dense = runs / "dense/weights/last.pt"
@@ -563,17 +567,17 @@ def test_a_sparse_run_that_ruins_what_it_began_with_is_told(base, tmp_path, capl
 
 def test_the_verdict_leaves_no_trace_in_the_random_state(monkeypatch):
     """A run that is killed after saving an epoch, before its verdict, is resumed without it."""
-    monkeypatch.setattr(train, "judge_network", lambda *_: str(torch.rand(3)))
+    monkeypatch.setattr("utils.training.sparsity.judge_network", lambda *_: str(torch.rand(3)))
     before = torch.get_rng_state()
-    train.give_verdict(None, None, SimpleNamespace(set_epoch=lambda _: None), None, 3, History({}))
+    give_verdict(None, None, SimpleNamespace(set_epoch=lambda _: None), None, 3, History({}))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_when_the_verdict_is_due():
     options = train.parse_args(["--epochs", "10", "--bn_sparsity"])[0]
-    assert [e for e in range(10) if train.is_verdict_due(options, e, e == 9)] == [2, 4, 7, 9]
+    assert [e for e in range(10) if is_verdict_due(options, e, e == 9)] == [2, 4, 7, 9]
     options = train.parse_args(["--epochs", "10", "--bn_sparsity", "--noval"])[0]
-    assert [e for e in range(10) if train.is_verdict_due(options, e, e == 9)] == [9]
+    assert [e for e in range(10) if is_verdict_due(options, e, e == 9)] == [9]
 
 
 def test_channels_that_are_let_go_stay_so_in_a_resumed_run(base, tmp_path, monkeypatch, caplog):
