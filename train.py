@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,7 @@ from utils.config import (
     load_hyperparameters,
 )
 from utils.dataset import (
-    Batch,
     Loader,
-    Split,
     image_weights_from_map,
     round_imgsz,
 )
@@ -84,12 +82,9 @@ from utils.optim import (
     restore_optimizer,
     set_step,
 )
-from utils.plots import draw, plot_batch, plot_gamma_history, plot_labels, plot_results
-from utils.profile import count_gflops, count_parameters
 from utils.pruning.slimming import (
     GammaStatistics,
     gamma_statistics,
-    prunable_batchnorms,
 )
 from utils.pruning.verdict import (
     NOT_KNOWN,
@@ -108,12 +103,12 @@ from utils.resume import (
 )
 from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
 from utils.stopping import Stopped
-from utils.tensorboard import Board
 from utils.training.inputs import Inputs, check_processes, check_share, find_inputs
 from utils.training.loaders import build_loaders, check_images_are_here, scan_splits
 from utils.training.networks import build_network, choose_anchors, freeze_rows, load_teacher
-from utils.training.run import LOSS_NAMES, BeforeStep, Run, add_teacher, build_loss, build_run
-from utils.training.sparsity import give_verdict, is_verdict_due, let_go, log_forecast
+from utils.training.report import draw_data, finish, log_epoch, open_results, show_progress
+from utils.training.run import BeforeStep, Run, add_teacher, build_loss, build_run
+from utils.training.sparsity import give_verdict, is_verdict_due, let_go
 from utils.training.step import clip_gradients, compute_loss, optimizer_step, to_device
 
 ROOT = Path(__file__).resolve().parent
@@ -124,7 +119,6 @@ REHEARSAL_BOXES = 20  # objects in each image of such a trial
 RECOVERY_FACTOR, LEAST_RECOVERY = 0.5, 0.5**5  # of the learning rate with --on-nan recover
 PROGRESS_BATCHES = 10  # between two looks at what the device has computed
 SAVE_SECONDS = 600  # between two checkpoints at most, though an epoch takes longer
-GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
 
 
 @lasting_output()
@@ -262,53 +256,6 @@ def open_run_dir(
     save_options(run_dir / "opt.yaml", vars(options))
     save_options(run_dir / "hyp.yaml", hyp.to_dict())
     return run_dir
-
-
-def open_results(run: Run, train_split: Split, val_split: Split) -> ResultsCsv | None:
-    """`results.csv`, new or continued, after saying what is about to happen."""
-    if devices.rank() != 0:
-        return None
-    if run.options.tensorboard:
-        run.board = Board(run.dir, run.first_epoch)
-        run.board.add_graph(copy.deepcopy(run.ema.model).float(), run.imgsz)
-    log_start(run, train_split, val_split)
-    resume_epoch = run.first_epoch or None
-    return ResultsCsv(run.dir / "results.csv", resume_epoch=resume_epoch)
-
-
-def log_start(run: Run, train_split: Split, val_split: Split) -> None:
-    """Say what is about to happen."""
-    LOGGER.info(
-        "%s, %s; %s parameters, %.2f GFLOPs at %d px",
-        devices.describe_device(run.device),
-        str(run.precision).removeprefix("torch."),
-        f"{count_parameters(run.model):,}",
-        count_gflops(run.ema.model, run.imgsz),
-        run.imgsz,
-    )
-    if run.penalty is not None:
-        weights = torch.cat(run.penalty.weights)
-        pulled = weights[weights > 0]  # not those that were let go
-        LOGGER.info(
-            "sparse training (%s, shortcuts: %s): rate %s, by cost %.2g to %.2g times that, on "
-            "%d gammas in %d layers",
-            run.penalty.mode,
-            run.penalty.shortcut,
-            run.options.sparsity_rate,
-            pulled.min().item(),
-            pulled.max().item(),
-            run.penalty.num_channels,
-            len(run.penalty.batchnorms),
-        )
-        log_forecast(run, run.penalty, run.first_epoch)
-    LOGGER.info(
-        "%d training and %d validation images; epochs %d to %d; results in %s",
-        len(train_split.paths),
-        len(val_split.paths),
-        run.first_epoch,
-        run.options.epochs - 1,
-        run.dir,
-    )
 
 
 def find_best(inputs: Inputs, options: argparse.Namespace) -> Best:
@@ -700,24 +647,6 @@ def check_weights(run: Run, epoch: int) -> None:
         raise FloatingPointError(f"after epoch {epoch} the values of {name} are not all finite")
 
 
-def draw_data(run: Run, loader: Loader, batch: Batch, epoch: int, index: int) -> None:
-    """All labels and the first batches; after the first of them, as drawing takes a second."""
-    if epoch > 0 or index > 2 or devices.rank() != 0:
-        return
-    if index == 0:
-        labels = loader.batch_sampler.dataset.split.labels.flat
-        draw(plot_labels, labels, run.names, run.dir / "labels.jpg")
-    picture = run.dir / f"train_batch{index}.jpg"
-    draw(plot_batch, batch.images, batch.targets, batch.paths, run.names, picture)
-
-
-def show_progress(bar: tqdm, run: Run, means: Tensor, lr: float) -> None:
-    """Losses, learning rate and memory beside the bar; tqdm adds the time left."""
-    losses = zip(run.loss_names, means.tolist(), strict=True)
-    text = " ".join(f"{name} {value:.4f}" for name, value in losses)
-    bar.set_postfix_str(f"{text} lr {lr:.2g} mem {devices.memory_text(run.device)}")
-
-
 def validate(run: Run, loader: Loader, epoch: int) -> EvaluationResult | None:
     """Measure the averaged weights; None where `--noval` says so, and beside the first process.
 
@@ -746,64 +675,6 @@ def validate(run: Run, loader: Loader, epoch: int) -> EvaluationResult | None:
         gather=gather_unless_stopped,
     )
     return result if is_first else None
-
-
-def log_epoch(
-    run: Run,
-    results: ResultsCsv,
-    epoch: int,
-    losses: Sequence[float],
-    result: EvaluationResult | None,
-) -> None:
-    """One row of `results.csv`, one line of log, and the pictures of the curves."""
-    row = {f"train/{name}_loss": loss for name, loss in zip(run.loss_names, losses, strict=True)}
-    line = f"epoch {epoch}: loss {sum(losses):.4f}"
-    if result is not None:
-        row["metrics/precision"], row["metrics/recall"] = result.precision, result.recall
-        row["metrics/mAP_0.5"], row["metrics/mAP_0.5:0.95"] = result.map50, result.map50_95
-        for name, value in zip(LOSS_NAMES, result.losses, strict=True):
-            row[f"val/{name}_loss"] = value
-        line += f", mAP@.5 {result.map50:.4f}, mAP@.5:.95 {result.map50_95:.4f}"
-    for group in run.optimizer.param_groups:
-        row[f"lr/{group['kind']}"] = group["lr"]
-    if run.penalty is not None:
-        run.gammas.append(gamma_statistics(run.ema.model, run.penalty.shortcut))
-        row["sparsity_rate"] = run.penalty.rate(epoch)
-        row.update(run.gammas[-1].as_row())
-        row["gamma/let_go"] = run.penalty.share_let_go
-        line += (
-            f", |gamma| median {row['gamma/q50']:.4f}, below 0.01 {row['gamma/below_1e-2']:.1%}, "
-            f"suggested percent {row['gamma/suggested_percent']:.3f}"
-        )
-        if epoch % GAMMA_PICTURE_EPOCHS == 0:
-            plot_gammas(run)
-    results.append(epoch, row)
-    if run.board is not None:
-        show_on_board(run, run.board, epoch, row)
-    LOGGER.info(line)
-    if run.penalty is not None and epoch == run.first_epoch:
-        log_forecast(run, run.penalty, epoch + 1)
-
-
-def show_on_board(run: Run, board: Board, epoch: int, row: Mapping[str, float]) -> None:
-    """The row of an epoch, the gammas, and after the first epoch what the network sees."""
-    board.add_figures(row, epoch)
-    if run.penalty is not None:
-        batchnorms = prunable_batchnorms(run.ema.model, run.penalty.shortcut)
-        board.add_gammas({path: bn.weight for path, bn in batchnorms.items()}, epoch)
-    if epoch == run.first_epoch:
-        board.add_pictures(sorted(run.dir.glob("*.jpg")), epoch)
-
-
-def plot_gammas(run: Run) -> None:
-    """`bn_gamma.png`: the distribution of |gamma| over the epochs, overall and per layer."""
-    draw(
-        plot_gamma_history,
-        list(range(len(run.gammas))),
-        [statistics.percentiles for statistics in run.gammas],
-        {name: [row.layers[name] for row in run.gammas] for name in run.gammas[0].layers},
-        run.dir / "bn_gamma.png",
-    )
 
 
 def judge_epoch(run: Run, epoch: int, result: EvaluationResult | None) -> tuple[bool, bool]:
@@ -880,23 +751,6 @@ def tell_history(run: Run, result: EvaluationResult | None) -> History:
         run.best,
         run.penalty is not None and run.penalty.is_released,
     )
-
-
-def finish(run: Run, seconds: float) -> None:
-    """Strip last.pt, draw the curves, and say where things are."""
-    last, best = run.dir / "weights/last.pt", run.dir / "weights/best.pt"
-    content = load_checkpoint(last)
-    save_final(last, content, content["model"])
-    draw(plot_results, run.dir / "results.csv", run.dir / "results.png")
-    if run.gammas:
-        plot_gammas(run)
-    if run.board is not None:
-        run.board.add_pictures(sorted(run.dir.glob("*.png")), run.options.epochs)
-        run.board.close()
-    LOGGER.info("%.1f minutes; results in %s", seconds / 60, run.dir)
-    for path in (best, last):
-        if path.is_file():
-            LOGGER.info("%s, %.1f MB", path, path.stat().st_size / 1e6)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import yaml
 
 import train
 from utils.checkpoint import load_checkpoint, load_detector
+from utils.training import report
 from utils.training.run import Run
 
 # What the training is doing, for the process that kills it.
@@ -164,7 +165,7 @@ def start(argv: list[str], output: int, phase: mmap.mmap, reader: int | None = N
         finish(run, seconds)
 
     train.finish = keep_state_and_finish
-    train.draw = lambda *_: None  # most of the time, and no picture is worth it
+    report.draw = lambda *_: None  # most of the time, and no picture is worth it
     code = 1
     try:
         train.main(argv)

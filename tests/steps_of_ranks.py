@@ -23,6 +23,7 @@ import train
 from utils import ranks
 from utils.command import run_command
 from utils.device import rank
+from utils.training import report
 from utils.training.run import Run
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -97,7 +98,7 @@ def keep_statistics() -> None:
         m for m in model.modules() if isinstance(m, nn.BatchNorm2d)
     ]
     for name in ("plot_results", "plot_labels", "plot_batch", "plot_gamma_history"):
-        setattr(train, name, lambda *_: None)
+        setattr(report, name, lambda *_: None)
 
 
 def steps_of(argv: list[str]) -> list[dict]:

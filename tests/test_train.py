@@ -32,6 +32,7 @@ from utils.pruning import slimming
 from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorms
 from utils.pruning.verdict import History
 from utils.resume import newest_unfinished
+from utils.training import report
 from utils.training.run import Run
 from utils.training.sparsity import give_verdict, is_verdict_due
 from utils.training.step import MAX_GRADIENT_NORM, clip_gradients, optimizer_step
@@ -44,7 +45,7 @@ def pictures(request, monkeypatch):
     """Drawing takes longer than these runs; only tests that ask for `draws` do it."""
     if "draws" not in request.fixturenames:
         for name in ("plot_results", "plot_labels", "plot_batch", "plot_gamma_history"):
-            monkeypatch.setattr(train, name, lambda *_: None)
+            monkeypatch.setattr(report, name, lambda *_: None)
 
 
 @pytest.fixture
@@ -1007,9 +1008,9 @@ def test_the_first_step_does_not_wait_for_pictures(base, monkeypatch):
         original(*args)
 
     monkeypatch.setattr(train, "optimizer_step", step)
-    monkeypatch.setattr(train, "draw", lambda function, *_: done.append(function.__name__))
+    monkeypatch.setattr(report, "draw", lambda function, *_: done.append(function.__name__))
     for name in ("plot_labels", "plot_batch", "plot_results"):
-        monkeypatch.setattr(train, name, getattr(plots, name))
+        monkeypatch.setattr(report, name, getattr(plots, name))
     train.main([*base, "--epochs", "2", "--nominal-batch", "2"])
     assert done == [
         *("step", "plot_labels", "plot_batch", "step", "plot_batch", "step", "step"),
