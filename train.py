@@ -33,7 +33,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,14 +44,10 @@ from utils import device as devices
 from utils import ranks
 from utils.batch_size import CPU_BATCH, candidate_sizes, find_largest_fitting
 from utils.checkpoint import (
-    build_checkpoint,
     load_checkpoint,
-    load_detector,
-    save_checkpoint,
-    save_final,
 )
 from utils.choices import AUTO_BATCH
-from utils.claim import claim, release
+from utils.claim import release
 from utils.command import NOT_FINITE, describe_os_error, run_command
 from utils.config import (
     Hyperparameters,
@@ -79,35 +74,40 @@ from utils.lasting_output import lasting_output
 from utils.launch import launch
 from utils.metrics import fitness
 from utils.optim import (
-    restore_optimizer,
     set_step,
 )
-from utils.pruning.slimming import (
-    GammaStatistics,
-    gamma_statistics,
-)
 from utils.pruning.verdict import (
-    NOT_KNOWN,
     Best,
-    History,
-    known_map50,
 )
 from utils.resume import (
     Resumed,
-    check_alike,
     find_resumed,
     naming_damage,
     summarize_data,
     summarize_teacher,
-    warn_of_other_data,
 )
 from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
 from utils.stopping import Stopped
 from utils.training.inputs import Inputs, check_processes, check_share, find_inputs
 from utils.training.loaders import build_loaders, check_images_are_here, scan_splits
-from utils.training.networks import build_network, choose_anchors, freeze_rows, load_teacher
+from utils.training.networks import (
+    build_network,
+    choose_anchors,
+    find_best,
+    freeze_rows,
+    load_teacher,
+)
 from utils.training.report import draw_data, finish, log_epoch, open_results, show_progress
-from utils.training.run import BeforeStep, Run, add_teacher, build_loss, build_run
+from utils.training.run import Run, add_teacher, build_run
+from utils.training.saving import (
+    is_saving_due,
+    open_run_dir,
+    remember,
+    restore_run,
+    save_epoch,
+    save_position,
+    tell_history,
+)
 from utils.training.sparsity import give_verdict, is_verdict_due, let_go
 from utils.training.step import clip_gradients, compute_loss, optimizer_step, to_device
 
@@ -118,7 +118,6 @@ BATCH_MEMORY = 0.9  # of that of a GPU, for a batch size that is found by trying
 REHEARSAL_BOXES = 20  # objects in each image of such a trial
 RECOVERY_FACTOR, LEAST_RECOVERY = 0.5, 0.5**5  # of the learning rate with --on-nan recover
 PROGRESS_BATCHES = 10  # between two looks at what the device has computed
-SAVE_SECONDS = 600  # between two checkpoints at most, though an epoch takes longer
 
 
 @lasting_output()
@@ -242,96 +241,6 @@ def launch_processes(
     code = launch([sys.executable, str(Path(__file__)), *words], count)
     if code:
         raise SystemExit(code)
-
-
-def open_run_dir(
-    options: argparse.Namespace, hyp: Hyperparameters, resumed: Resumed | None
-) -> Path:
-    """A new folder for results, with the options and hyperparameters of this run in it."""
-    if resumed:
-        return resumed.run_dir
-    run_dir = new_run_dir(options.project, options.name, options.exist_ok)
-    claim(run_dir, ranks.job())
-    (run_dir / "weights").mkdir(exist_ok=True)
-    save_options(run_dir / "opt.yaml", vars(options))
-    save_options(run_dir / "hyp.yaml", hyp.to_dict())
-    return run_dir
-
-
-def find_best(inputs: Inputs, options: argparse.Namespace) -> Best:
-    """The mAP@.5 to measure a sparse training by that starting weights and teacher have had."""
-    known = {} if inputs.source is None else {"of the starting weights": inputs.source.checkpoint}
-    if inputs.teacher is not None:
-        known["of the teacher"] = load_detector(inputs.teacher).checkpoint
-    names, wanted = inputs.data.names, vars(options)
-    found = [Best(known_map50(known[source], names, wanted), source) for source in known]
-    return max(found, default=NOT_KNOWN)
-
-
-def restore_run(run: Run, state: dict[str, Any]) -> None:
-    """Continue from the training part of a checkpoint."""
-    fresh = training_state(run, -1, is_last=False)
-    check_alike(
-        {k: v for k, v in state.items() if k != "optimizer"},
-        {k: v for k, v in fresh.items() if k != "data"},
-        "training",
-    )
-    run.model.load_state_dict(state["model"])
-    run.loss = build_loss(run.model, run.loss.settings)
-    run.ema.load_state_dict(state["ema"])
-    restore_optimizer(run.optimizer, state["optimizer"])
-    if state["scaler"]:  # empty where the run did without, in another precision
-        run.scaler.load_state_dict(state["scaler"])
-    # A run that stopped early and was killed before its last touches has nothing left to train.
-    run.first_epoch = run.options.epochs if state["is_last"] else state["epoch"] + 1
-    run.is_resumed = True
-    # Versions before saved between epochs alone. With another batch size it is as many images.
-    ratio = state.get("batch_size", run.options.batch_size) / run.options.batch_size
-    run.batches = round(state.get("batches", 0) * ratio)
-    sums = state.get("loss_sums", ())
-    if len(sums) != len(run.loss_names) and (sums or run.batches):
-        raise ValueError(f"{len(sums)} sums of {len(run.loss_names)} losses")
-    # What is saved is the sum over all processes.
-    run.loss_sums = torch.tensor(sums, device=run.device) * ratio / devices.world_size()
-    run.best_fitness, run.best_epoch = state["best_fitness"], state["best_epoch"]
-    run.best = Best(*state.get("best_map50", run.best))
-    run.class_maps = state["class_maps"].numpy()
-    run.schedule = dataclasses.replace(run.schedule, factor=state.get("lr_factor", 1.0))
-    warn_of_other_data(state.get("data", {}), run.data)
-    if run.penalty is not None and "penalty" in state:  # versions before had none
-        run.penalty.load_state_dict(state["penalty"])
-    run.gammas = [GammaStatistics(**row) for row in state["gammas"]]
-    if run.penalty is not None:
-        wanted = gamma_statistics(run.ema.model, run.penalty.shortcut)
-        for row in run.gammas:
-            check_alike(dataclasses.asdict(row), dataclasses.asdict(wanted), "gammas")
-            if row.layers.keys() != wanted.layers.keys():
-                raise ValueError("gammas are those of another network")
-    torch.set_rng_state(state["torch_rng"])
-
-
-def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
-    """All that `restore_run` needs, as plain data; `epoch` is the last one that was finished."""
-    return {
-        "model": run.model.state_dict(),
-        "ema": run.ema.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "penalty": None if run.penalty is None else run.penalty.state_dict(),
-        "epoch": epoch,
-        "is_last": is_last,
-        "batches": run.batches,
-        "loss_sums": run.loss_sums.tolist(),
-        "batch_size": run.options.batch_size,
-        "lr_factor": run.schedule.factor,
-        "data": run.data,
-        "best_fitness": run.best_fitness,
-        "best_epoch": run.best_epoch,
-        "best_map50": tuple(run.best),
-        "class_maps": torch.tensor(run.class_maps),
-        "gammas": [dataclasses.asdict(row) for row in run.gammas],
-        "torch_rng": torch.get_rng_state(),
-    }
 
 
 def choose_batch_size(
@@ -604,34 +513,9 @@ def begin_epoch(run: Run, loader: Loader, epoch: int) -> None:
         run.loss_sums = torch.zeros(len(run.loss_names), device=run.device)
 
 
-def remember(run: Run) -> BeforeStep:
-    """What `forget_pending` goes back to; nothing waits for the device."""
-    buffers = list(run.model.buffers())
-    copies = [torch.empty_like(buffer) for buffer in buffers]
-    torch._foreach_copy_(copies, buffers)
-    return BeforeStep(copies, run.loss_sums.clone())
-
-
-def forget_pending(run: Run) -> None:
-    """Leave the batches out that no optimizer step has followed yet: a resumed run repeats them."""
-    if run.before is not None:
-        torch._foreach_copy_(list(run.model.buffers()), run.before.buffers)
-        run.loss_sums = run.before.loss_sums
-        run.optimizer.zero_grad(set_to_none=True)
-        run.before = None
-
-
 def is_look_due(device: torch.device, index: int) -> bool:
     """A GPU works on while nothing is read from it; what it did is looked at now and then."""
     return device.type == "cpu" or index % PROGRESS_BATCHES == 0
-
-
-def is_saving_due(run: Run) -> bool:
-    """Whether a kill would cost much by now; the same answer in all processes."""
-    if run.options.nosave:
-        return False
-    is_late = time.monotonic() > run.saved_at + SAVE_SECONDS
-    return ranks.is_true_anywhere(is_late and devices.rank() == 0, run.device)
 
 
 def check_weights(run: Run, epoch: int) -> None:
@@ -695,62 +579,6 @@ def judge_epoch(run: Run, epoch: int, result: EvaluationResult | None) -> tuple[
     if stop:
         LOGGER.info("no gain for %d epochs (best: %d): the end", options.patience, run.best_epoch)
     return is_best, stop or epoch == options.epochs - 1
-
-
-def save_epoch(
-    run: Run, epoch: int, result: EvaluationResult | None, is_best: bool, is_last: bool
-) -> None:
-    """Write best.pt when it is, the kept epochs, and last, as it vouches for them, last.pt."""
-    options = run.options
-    if options.nosave and not is_last:
-        return
-    content = checkpoint_content(run, epoch, result)
-    weights = run.ema.model.state_dict()
-    folder = run.dir / "weights"
-    if is_best:
-        save_final(folder / "best.pt", content, weights)
-    if options.save_period > 0 and (epoch + 1) % options.save_period == 0:
-        save_final(folder / f"epoch{epoch}.pt", content, weights)
-    save_checkpoint(
-        folder / "last.pt", {**content, "training": training_state(run, epoch, is_last)}
-    )
-    run.saved_at = time.monotonic()
-
-
-def save_position(run: Run, epoch: int) -> None:
-    """Write last.pt in the middle of an epoch, as it was after the last optimizer step."""
-    forget_pending(run)
-    run.saved_at = time.monotonic()
-    loss_sums = ranks.add_up(run.loss_sums)
-    if devices.rank() == 0:
-        content = checkpoint_content(run, epoch - 1, None)
-        state = training_state(run, epoch - 1, is_last=False) | {"loss_sums": loss_sums.tolist()}
-        save_checkpoint(run.dir / "weights/last.pt", {**content, "training": state})
-
-
-def checkpoint_content(run: Run, epoch: int, result: EvaluationResult | None) -> dict[str, Any]:
-    """The averaged network and where it comes from."""
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(run.options).items()}
-    return build_checkpoint(
-        run.ema.model,
-        run.names,
-        epoch=epoch,
-        fitness=None if result is None else result.fitness,
-        history=tell_history(run, result).as_content(),
-        options=options,
-        hyp=run.hyp.to_dict(),
-        imgsz=run.imgsz,
-    )
-
-
-def tell_history(run: Run, result: EvaluationResult | None) -> History:
-    """What the verdict on the network must know of its training."""
-    return History(
-        vars(run.options),
-        None if result is None else result.map50,
-        run.best,
-        run.penalty is not None and run.penalty.is_released,
-    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from utils.pruning import slimming
 from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorms
 from utils.pruning.verdict import History
 from utils.resume import newest_unfinished
-from utils.training import report
+from utils.training import report, saving
 from utils.training.run import Run
 from utils.training.sparsity import give_verdict, is_verdict_due
 from utils.training.step import MAX_GRADIENT_NORM, clip_gradients, optimizer_step
@@ -297,7 +297,7 @@ def test_what_is_saved_now_and_then_is_as_good(base, tmp_path, monkeypatch, whol
     monkeypatch.setattr(train, "finish", lambda *_: None)  # it strips the state
     flags = [*base, "--epochs", "3", "--batch", "1", "--nominal-batch", "2", "--optimizer", "AdamW"]
     with monkeypatch.context() as patched:
-        patched.setattr(train, "SAVE_SECONDS", -1)
+        patched.setattr(saving, "SAVE_SECONDS", -1)
         patched.setattr(train, "save_position", save_and_count)
         with pytest.raises(Interrupted):
             train.main([*flags, "--name", "parts"])
@@ -311,7 +311,7 @@ def test_what_is_saved_now_and_then_beside_a_gpu(base, tmp_path, monkeypatch):
     """It is looked at every tenth batch, when a step may be pending; here every other one."""
     saved = []
     monkeypatch.setattr(train, "is_look_due", lambda _, index: index % 2 == 0)
-    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(saving, "SAVE_SECONDS", -1)
     monkeypatch.setattr(
         train, "save_position", lambda run, epoch: saved.append((epoch, run.batches))
     )
@@ -377,7 +377,7 @@ def test_a_run_killed_before_it_has_saved_anything_says_how_to_start_it(
     base, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patched:
-        patched.setattr(train, "save_checkpoint", lambda *_: (_ for _ in ()).throw(Interrupted))
+        patched.setattr(saving, "save_checkpoint", lambda *_: (_ for _ in ()).throw(Interrupted))
         with pytest.raises(Interrupted):
             train.main([*base, "--epochs", "1"])
     with pytest.raises(FileNotFoundError, match=r"saved anything; start it anew, .*exp/opt.yaml"):
@@ -1164,14 +1164,14 @@ def test_nosave_with_early_stopping_keeps_the_last_epoch(base, tmp_path, monkeyp
 
 def test_kill_between_two_files_leaves_the_best_in_place(base, tmp_path, monkeypatch):
     """last.pt remembers the best fitness, so best.pt must be there before it."""
-    save, calls = train.save_checkpoint, []
+    calls = []
 
     def save_once(*arguments):  # the untrained network, at the start
         if calls:
             raise Interrupted
-        calls.append(save(*arguments))
+        calls.append(save_checkpoint(*arguments))
 
-    monkeypatch.setattr(train, "save_checkpoint", save_once)
+    monkeypatch.setattr(saving, "save_checkpoint", save_once)
     with pytest.raises(Interrupted):
         train.main([*base, "--epochs", "2"])
     assert load_checkpoint(tmp_path / "runs/exp/weights/best.pt")["epoch"] == 0

@@ -1,4 +1,4 @@
-"""The network to train and the one it learns from."""
+"""The network to train, the one it learns from, and how good they are known to be."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from utils.dataset import Split, label_sizes_px
 from utils.distill import check_teacher
 from utils.optim import freeze, frozen_rows
 from utils.profile import count_parameters
+from utils.pruning.verdict import NOT_KNOWN, Best, known_map50
 from utils.training.inputs import Inputs
 
 LOGGER = logging.getLogger(__name__)
@@ -60,6 +61,16 @@ def load_teacher(inputs: Inputs, options: argparse.Namespace, model: Model) -> M
         options.distill_gain,
     )
     return teacher.fuse().requires_grad_(False)
+
+
+def find_best(inputs: Inputs, options: argparse.Namespace) -> Best:
+    """The mAP@.5 to measure a sparse training by that starting weights and teacher have had."""
+    known = {} if inputs.source is None else {"of the starting weights": inputs.source.checkpoint}
+    if inputs.teacher is not None:
+        known["of the teacher"] = load_detector(inputs.teacher).checkpoint
+    names, wanted = inputs.data.names, vars(options)
+    found = [Best(known_map50(known[source], names, wanted), source) for source in known]
+    return max(found, default=NOT_KNOWN)
 
 
 def freeze_rows(model: Model, options: argparse.Namespace) -> list[nn.Module]:
