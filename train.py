@@ -34,7 +34,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -60,7 +59,6 @@ from utils.dataset import (
     round_imgsz,
 )
 from utils.device_text import gpu_indices
-from utils.evaluate import EvaluationResult, Tally, evaluate
 from utils.evolve import Score, evolve, keep_options
 from utils.finite import (
     NotFinite,
@@ -75,9 +73,6 @@ from utils.launch import launch
 from utils.metrics import fitness
 from utils.optim import (
     set_step,
-)
-from utils.pruning.verdict import (
-    Best,
 )
 from utils.resume import (
     Resumed,
@@ -110,6 +105,7 @@ from utils.training.saving import (
 )
 from utils.training.sparsity import give_verdict, is_verdict_due, let_go
 from utils.training.step import clip_gradients, compute_loss, optimizer_step, to_device
+from utils.training.validation import judge_epoch, validate
 
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("train")
@@ -529,56 +525,6 @@ def check_weights(run: Run, epoch: int) -> None:
     name = next(filter(None, map(first_not_finite, states)), None)
     if name is not None:
         raise FloatingPointError(f"after epoch {epoch} the values of {name} are not all finite")
-
-
-def validate(run: Run, loader: Loader, epoch: int) -> EvaluationResult | None:
-    """Measure the averaged weights; None where `--noval` says so, and beside the first process.
-
-    Raises:
-        Stopped: the program was asked to end.
-    """
-    if run.options.noval and epoch < run.options.epochs - 1:
-        return None
-    # Statistics of batch norms are those of the images that a process has seen.
-    ranks.take_from_first(list(run.ema.model.buffers()))
-
-    def gather_unless_stopped(tally: Tally) -> list[Tally]:
-        if ranks.is_true_anywhere(run.stop.signal is not None, run.device):
-            raise Stopped
-        return ranks.gather(tally)
-
-    is_first = devices.rank() == 0
-    result = evaluate(
-        copy.deepcopy(run.ema.model).fuse(),
-        run.stop.watch(loader),
-        run.names,
-        device=run.device,
-        single_cls=run.options.single_cls,
-        loss_fn=run.loss,
-        progress=is_first,
-        gather=gather_unless_stopped,
-    )
-    return result if is_first else None
-
-
-def judge_epoch(run: Run, epoch: int, result: EvaluationResult | None) -> tuple[bool, bool]:
-    """Whether the epoch is the best so far, and the last; the same answer in all processes."""
-    options, is_best = run.options, False
-    if result is not None:
-        run.class_maps = np.full(len(run.names), result.map50_95)
-        run.class_maps[result.ap_result.classes] = result.ap_result.ap50_95
-        is_best = result.fitness > run.best_fitness
-        if is_best:
-            run.best_fitness, run.best_epoch = result.fitness, epoch
-        run.best = max(run.best, Best(result.map50, f"in epoch {epoch}"))
-    stop = 0 < options.patience <= epoch - run.best_epoch and not options.noval
-    if devices.world_size() > 1:
-        shared = torch.tensor([float(stop), *run.class_maps], device=run.device)
-        torch.distributed.broadcast(shared, 0)
-        stop, run.class_maps = bool(shared[0]), shared[1:].double().cpu().numpy()
-    if stop:
-        LOGGER.info("no gain for %d epochs (best: %d): the end", options.patience, run.best_epoch)
-    return is_best, stop or epoch == options.epochs - 1
 
 
 if __name__ == "__main__":

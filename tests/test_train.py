@@ -24,7 +24,7 @@ from models import Model, ModelSpec
 from utils import plots, ranks
 from utils.checkpoint import build_checkpoint, load_checkpoint, load_detector, save_checkpoint
 from utils.config import load_hyperparameters
-from utils.evaluate import evaluate
+from utils.evaluate import EvaluationResult, evaluate
 from utils.evolve import read_history
 from utils.loss import DetectionLoss, LossSettings
 from utils.optim import ModelEma, Schedule, build_optimizer
@@ -549,7 +549,7 @@ def test_a_sparse_run_that_ruins_what_it_began_with_is_told(base, tmp_path, capl
         map50 = next(scores) if "loss_fn" in settings else 0.5
         return dataclasses.replace(result, map50=map50)
 
-    monkeypatch.setattr(train, "evaluate", next_score)
+    monkeypatch.setattr("utils.training.validation.evaluate", next_score)
     monkeypatch.setattr("utils.training.sparsity.evaluate", next_score)
     runs = tmp_path / "runs"
     train.main([*base, "--epochs", "2", "--name", "dense"])
@@ -994,7 +994,7 @@ def test_pruned_yaml_trains_from_scratch(base, slim_weights, tmp_path):
 
 
 def test_early_stopping(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.EvaluationResult, "fitness", property(lambda _: 0.5))
+    monkeypatch.setattr(EvaluationResult, "fitness", property(lambda _: 0.5))
     train.main([*base, "--epochs", "9", "--patience", "2"])
     assert len(results_of(tmp_path / "runs/exp")) == 3
 
@@ -1157,7 +1157,7 @@ def test_a_step_that_is_not_finite_is_left_out_on_the_device(tiny_spec, optimize
 
 
 def test_nosave_with_early_stopping_keeps_the_last_epoch(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.EvaluationResult, "fitness", property(lambda _: 0.5))
+    monkeypatch.setattr(EvaluationResult, "fitness", property(lambda _: 0.5))
     train.main([*base, "--epochs", "9", "--patience", "2", "--nosave"])
     assert load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["epoch"] == 2
 
@@ -1268,7 +1268,7 @@ def test_resume_takes_what_is_typed_also_a_default(base, tmp_path, monkeypatch):
 
 
 def test_resume_after_an_early_stop_trains_no_further(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.EvaluationResult, "fitness", property(lambda _: 0.5))
+    monkeypatch.setattr(EvaluationResult, "fitness", property(lambda _: 0.5))
     with monkeypatch.context() as patched:
         patched.setattr(train, "finish", lambda *_: (_ for _ in ()).throw(Interrupted))
         with pytest.raises(Interrupted):
