@@ -21,7 +21,6 @@ if __name__ == "__main__":
     parse_args(description=__doc__)  # help and mistakes are answered before torch is loaded
 
 import argparse
-import copy
 import dataclasses
 import logging
 import math
@@ -29,19 +28,15 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from models import Model
 from utils import device as devices
 from utils import ranks
-from utils.batch_size import CPU_BATCH, candidate_sizes, find_largest_fitting
 from utils.checkpoint import (
     load_checkpoint,
 )
@@ -83,7 +78,7 @@ from utils.resume import (
 )
 from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
 from utils.stopping import Stopped
-from utils.training.inputs import Inputs, check_processes, check_share, find_inputs
+from utils.training.inputs import check_processes, check_share, find_inputs
 from utils.training.loaders import build_loaders, check_images_are_here, scan_splits
 from utils.training.networks import (
     build_network,
@@ -92,6 +87,7 @@ from utils.training.networks import (
     freeze_rows,
     load_teacher,
 )
+from utils.training.rehearsal import advise_batch_size, choose_batch_size
 from utils.training.report import draw_data, finish, log_epoch, open_results, show_progress
 from utils.training.run import Run, add_teacher, build_run
 from utils.training.saving import (
@@ -110,8 +106,6 @@ from utils.training.validation import judge_epoch, validate
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("train")
 
-BATCH_MEMORY = 0.9  # of that of a GPU, for a batch size that is found by trying
-REHEARSAL_BOXES = 20  # objects in each image of such a trial
 RECOVERY_FACTOR, LEAST_RECOVERY = 0.5, 0.5**5  # of the learning rate with --on-nan recover
 PROGRESS_BATCHES = 10  # between two looks at what the device has computed
 
@@ -237,78 +231,6 @@ def launch_processes(
     code = launch([sys.executable, str(Path(__file__)), *words], count)
     if code:
         raise SystemExit(code)
-
-
-def choose_batch_size(
-    options: argparse.Namespace,
-    inputs: Inputs,
-    model: Model,
-    teacher: Model | None,
-    imgsz: int,
-    device: torch.device,
-    precision: torch.dtype,
-) -> int:
-    """For `--batch-size -1`: what fits on a GPU, at most the images that a step sums up anyway."""
-    if device.type != "cuda":
-        size = min(CPU_BATCH, options.nominal_batch)
-        LOGGER.info("--batch-size -1: %d, as this device is not short of memory", size)
-        return size
-    trial_options = argparse.Namespace(**{**vars(options), "batch_size": 1})
-    trial = build_run(
-        trial_options, inputs, copy.deepcopy(model), imgsz, device, precision, 1, Path()
-    )
-    add_teacher(trial, teacher)
-    with devices.limit_memory(device, BATCH_MEMORY):
-        size = find_largest_fitting(
-            candidate_sizes(options.nominal_batch), lambda size: rehearse(trial, size), device
-        )
-    if not size:
-        raise ValueError(f"--batch-size -1: not even one image of {imgsz} px fits; lower --imgsz")
-    LOGGER.info("--batch-size -1: %d, found by trying (at most --nominal-batch)", size)
-    return size
-
-
-def rehearse(run: Run, batch_size: int) -> None:
-    """A training step and a batch of the validation, of the largest size that may come.
-
-    It changes the network. The size is that of one process.
-    """
-    stride = run.model.max_stride
-    largest = run.imgsz * 3 // 2 if run.options.multi_scale else run.imgsz
-    side = math.ceil(largest / stride) * stride
-    targets = torch.full((batch_size * REHEARSAL_BOXES, 6), 0.5)
-    targets[:, 0] = torch.arange(batch_size).repeat_interleave(REHEARSAL_BOXES)
-    targets[:, 1] = 0
-    run.network.train()
-    loss, _ = compute_loss(run, blank_images(run, batch_size, side), targets)
-    run.scaler.scale(loss).backward()
-    optimizer_step(run, 0, clip_gradients(run))
-    with torch.no_grad():  # as `validate` does; its shapes are padded
-        run.ema.model(blank_images(run, 2 * batch_size, run.imgsz + stride))
-
-
-def blank_images(run: Run, number: int, side: int) -> Tensor:
-    """Grey images [B, 3, side, side] on the device."""
-    images = torch.full((number, 3, side, side), 0.5, device=run.device)
-    return images.to(memory_format=torch.channels_last)
-
-
-def advise_batch_size(run: Run, error: torch.OutOfMemoryError) -> str:
-    """What happened, and the batch size that would fit; tries it out on the network, which ends."""
-    traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
-    run.go_alone()
-    run.optimizer.zero_grad(set_to_none=True)
-    devices.free_memory(run.device)
-    options, count = run.options, devices.world_size()
-    sizes = candidate_sizes(options.batch_size // count)[:-1]
-    with devices.limit_memory(run.device, BATCH_MEMORY):
-        fits = count * find_largest_fitting(sizes, lambda size: rehearse(run, size), run.device)
-    given = f"--batch-size {options.batch_size} at {run.imgsz} px"
-    if not fits:
-        return f"out of memory with {given}; no smaller one fits either, lower --imgsz"
-    again = f"python train.py --resume {run.dir} --batch-size {fits}"
-    has_last = (run.dir / "weights/last.pt").is_file()
-    return f"out of memory with {given}; {again if has_last else f'--batch-size {fits}'} fits"
 
 
 @contextmanager

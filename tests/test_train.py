@@ -21,6 +21,7 @@ import yaml
 
 import train
 from models import Model, ModelSpec
+from utils import device as devices
 from utils import plots, ranks
 from utils.checkpoint import build_checkpoint, load_checkpoint, load_detector, save_checkpoint
 from utils.config import load_hyperparameters
@@ -32,10 +33,10 @@ from utils.pruning import slimming
 from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorms
 from utils.pruning.verdict import History
 from utils.resume import newest_unfinished
-from utils.training import report, saving
+from utils.training import rehearsal, report, saving
 from utils.training.run import Run
 from utils.training.sparsity import give_verdict, is_verdict_due
-from utils.training.step import MAX_GRADIENT_NORM, clip_gradients, optimizer_step
+from utils.training.step import MAX_GRADIENT_NORM, clip_gradients, compute_loss, optimizer_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -173,7 +174,7 @@ def test_resumed_run_equals_the_uninterrupted_one(base, tmp_path, monkeypatch, c
 
 def test_a_resumed_run_goes_on_with_its_scale_of_losses(base, tmp_path, monkeypatch):
     """float16 is for GPUs, but a CPU can do it; 2.0 ** 16 halves where a gradient overflows."""
-    monkeypatch.setattr(train.devices, "select_precision", lambda *_: torch.float16)
+    monkeypatch.setattr(devices, "select_precision", lambda *_: torch.float16)
     monkeypatch.setattr(train, "finish", lambda *_: None)
     flags = [*base, "--epochs", "2", "--noval"]
     train.main([*flags, "--name", "whole"])
@@ -422,14 +423,14 @@ def test_a_share_that_goes_while_training_says_how_to_go_on(
 
 def test_out_of_memory_names_the_batch_that_fits(base, tmp_path, monkeypatch):
     """On a made-up device that holds one image, also in the trials."""
-    compute_loss = train.compute_loss
 
     def compute(run, images, targets, **rest):
         if len(images) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return compute_loss(run, images, targets, **rest)
 
-    monkeypatch.setattr(train, "compute_loss", compute)
+    for caller in (train, rehearsal):
+        monkeypatch.setattr(caller, "compute_loss", compute)
     run = tmp_path / "runs/exp"
     words = rf"with --batch-size 4 at 64 px; python train.py --resume {run} --batch-size 1 fits"
     with pytest.raises(MemoryError, match=words):
@@ -442,7 +443,8 @@ def test_out_of_memory_with_one_image(base, monkeypatch):
     def compute(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train, "compute_loss", compute)
+    for caller in (train, rehearsal):
+        monkeypatch.setattr(caller, "compute_loss", compute)
     with pytest.raises(MemoryError, match="--batch-size 2 at 64 px; no smaller one fits either"):
         train.main([*base, "--epochs", "1"])
 
@@ -460,11 +462,11 @@ def test_batch_size_that_fits(base, tmp_path, monkeypatch):
         ("add_teacher", lambda *_: None),
         ("rehearse", rehearse),
     ):
-        monkeypatch.setattr(train, name, stand_in)
-    monkeypatch.setattr(train.devices, "limit_memory", lambda *_: contextlib.nullcontext())
+        monkeypatch.setattr(rehearsal, name, stand_in)
+    monkeypatch.setattr(devices, "limit_memory", lambda *_: contextlib.nullcontext())
     options, _ = train.parse_args(["--batch-size", "-1"])
     gpu = torch.device("cuda")
-    found = train.choose_batch_size(options, None, None, None, 640, gpu, torch.float32)
+    found = rehearsal.choose_batch_size(options, None, None, None, 640, gpu, torch.float32)
     assert found == 16
 
 
