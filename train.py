@@ -21,15 +21,14 @@ if __name__ == "__main__":
     parse_args(description=__doc__)  # help and mistakes are answered before torch is loaded
 
 import argparse
-import dataclasses
 import logging
 import math
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -37,12 +36,9 @@ from tqdm import tqdm
 
 from utils import device as devices
 from utils import ranks
-from utils.checkpoint import (
-    load_checkpoint,
-)
 from utils.choices import AUTO_BATCH
 from utils.claim import release
-from utils.command import NOT_FINITE, describe_os_error, run_command
+from utils.command import NOT_FINITE, run_command
 from utils.config import (
     Hyperparameters,
     find_config,
@@ -56,12 +52,8 @@ from utils.dataset import (
 from utils.device_text import gpu_indices
 from utils.evolve import Score, evolve, keep_options
 from utils.finite import (
-    NotFinite,
     Reading,
     check_finite,
-    first_layer_not_finite,
-    first_not_finite,
-    save_for_a_look,
 )
 from utils.lasting_output import lasting_output
 from utils.launch import launch
@@ -87,7 +79,7 @@ from utils.training.networks import (
     freeze_rows,
     load_teacher,
 )
-from utils.training.rehearsal import advise_batch_size, choose_batch_size
+from utils.training.rehearsal import choose_batch_size
 from utils.training.report import draw_data, finish, log_epoch, open_results, show_progress
 from utils.training.run import Run, add_teacher, build_run
 from utils.training.saving import (
@@ -101,12 +93,12 @@ from utils.training.saving import (
 )
 from utils.training.sparsity import give_verdict, is_verdict_due, let_go
 from utils.training.step import clip_gradients, compute_loss, optimizer_step, to_device
+from utils.training.trouble import check_weights, explain_not_finite, go_back, saying_how_to_go_on
 from utils.training.validation import judge_epoch, validate
 
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("train")
 
-RECOVERY_FACTOR, LEAST_RECOVERY = 0.5, 0.5**5  # of the learning rate with --on-nan recover
 PROGRESS_BATCHES = 10  # between two looks at what the device has computed
 
 
@@ -233,29 +225,6 @@ def launch_processes(
         raise SystemExit(code)
 
 
-@contextmanager
-def saying_how_to_go_on(run: Run) -> Iterator[None]:
-    """A full disk or a share that has gone ends the run, but costs little of it; so does memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(advise_batch_size(run, error)) from None
-    except RuntimeError as error:
-        if not ranks.is_lost_connection(error):
-            raise
-        reason = ranks.describe_lost_connection(error)
-        raise ConnectionError(
-            f"{reason}; python train.py --resume {run.dir} goes on from what was saved last"
-        ) from None
-    except OSError as error:
-        reason, last = describe_os_error(error), run.dir / "weights/last.pt"
-        if devices.rank() != 0 or not last.is_file():
-            raise
-        raise OSError(
-            f"{reason}; then python train.py --resume {run.dir} goes on from what was saved last"
-        ) from error
-
-
 def train_epochs(
     run: Run, train_loader: Loader, val_loader: Loader, results: ResultsCsv | None
 ) -> None:
@@ -298,58 +267,6 @@ def train_epochs(
                 history = tell_history(run, result)
                 give_verdict(run, run.penalty, train_loader, val_loader, epoch, history)
         epoch += 1
-
-
-def explain_not_finite(run: Run, error: FloatingPointError, epoch: int) -> str:
-    """What is not finite and where it began; the batch is saved for a look."""
-    run.go_alone()
-    reasons = [str(error)]
-    if isinstance(error, NotFinite):
-        if devices.rank() == 0:
-            picture = save_for_a_look(run.dir, error.batch, epoch, error.number, run.names)
-            reasons.append(f"the batch is in {picture} and .txt")
-        images = to_device(run, error.batch, epoch, error.number)
-        layer = first_layer_not_finite(
-            run.model, lambda: compute_loss(run, images, error.batch.targets)
-        )
-        grads = {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}
-        gradient = first_not_finite(grads)
-        if layer is not None:
-            reasons.append(f"the first layer with such an output is {layer}")
-        elif gradient is not None:
-            reasons.append(f"the first such gradient is that of {gradient}")
-    if run.penalty is not None:
-        reasons.append(run.penalty.describe_largest_gamma(epoch))
-    return "; ".join(reasons)
-
-
-def go_back(run: Run, trouble: str) -> None:
-    """Return to what was saved last, with a lower learning rate, or end where that is not wanted.
-
-    Raises:
-        FloatingPointError: `--on-nan stop`, or the rate has been lowered as often as makes sense.
-    """
-    last = run.dir / "weights/last.pt"
-    factor = run.schedule.factor * RECOVERY_FACTOR
-    if run.options.on_nan == "stop":
-        again = (
-            f"python train.py --resume {run.dir} --on-nan recover goes on from what was saved "
-            "last, and halves the learning rate when this comes again; or "
-        )
-        remedy = "lower lr0 in the hyperparameters or --sparsity_rate, or try --amp off"
-        raise FloatingPointError(f"{trouble}; {again if last.is_file() else ''}{remedy}")
-    if factor < LEAST_RECOVERY:
-        raise FloatingPointError(
-            f"{trouble}; with a learning rate {1 / run.schedule.factor:.0f} times lower this still "
-            "happens, so something else is wrong: look at the batch, or try --amp off"
-        )
-    restore_run(run, load_checkpoint(last)["training"])
-    run.optimizer.zero_grad(set_to_none=True)
-    run.schedule = dataclasses.replace(run.schedule, factor=factor)
-    LOGGER.warning(
-        "warning: %s; back to epoch %d, batch %d, with the learning rate times %g",
-        trouble, run.first_epoch, run.batches, factor,
-    )  # fmt: skip
 
 
 def say_goodbye(run: Run, epoch: int, num_batches: int) -> int:
@@ -434,19 +351,6 @@ def begin_epoch(run: Run, loader: Loader, epoch: int) -> None:
 def is_look_due(device: torch.device, index: int) -> bool:
     """A GPU works on while nothing is read from it; what it did is looked at now and then."""
     return device.type == "cpu" or index % PROGRESS_BATCHES == 0
-
-
-def check_weights(run: Run, epoch: int) -> None:
-    """Statistics of batch norms, and squares in the optimizer, can be spoilt by a finite loss."""
-    kept = {
-        f"{what} of {name}": value
-        for name, parameter in run.model.named_parameters()
-        for what, value in run.optimizer.state.get(parameter, {}).items()
-    }
-    states = (run.model.state_dict(), run.ema.model.state_dict(), kept)
-    name = next(filter(None, map(first_not_finite, states)), None)
-    if name is not None:
-        raise FloatingPointError(f"after epoch {epoch} the values of {name} are not all finite")
 
 
 if __name__ == "__main__":
