@@ -22,9 +22,7 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-import math
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -38,37 +36,15 @@ from utils import device as devices
 from utils import ranks
 from utils.choices import AUTO_BATCH
 from utils.claim import release
-from utils.command import NOT_FINITE, run_command
-from utils.config import (
-    Hyperparameters,
-    find_config,
-    load_hyperparameters,
-)
-from utils.dataset import (
-    Loader,
-    image_weights_from_map,
-    round_imgsz,
-)
+from utils.command import run_command
+from utils.dataset import Loader, image_weights_from_map, round_imgsz
 from utils.device_text import gpu_indices
-from utils.evolve import Score, evolve, keep_options
-from utils.finite import (
-    Reading,
-    check_finite,
-)
+from utils.finite import Reading, check_finite
 from utils.lasting_output import lasting_output
 from utils.launch import launch
-from utils.metrics import fitness
-from utils.optim import (
-    set_step,
-)
-from utils.resume import (
-    Resumed,
-    find_resumed,
-    naming_damage,
-    summarize_data,
-    summarize_teacher,
-)
-from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
+from utils.optim import set_step
+from utils.resume import Resumed, find_resumed, naming_damage, summarize_data, summarize_teacher
+from utils.run_dir import ResultsCsv
 from utils.stopping import Stopped
 from utils.training.inputs import check_processes, check_share, find_inputs
 from utils.training.loaders import build_loaders, check_images_are_here, scan_splits
@@ -91,6 +67,7 @@ from utils.training.saving import (
     save_position,
     tell_history,
 )
+from utils.training.search import search_hyperparameters
 from utils.training.sparsity import give_verdict, is_verdict_due, let_go
 from utils.training.step import clip_gradients, compute_loss, optimizer_step, to_device
 from utils.training.trouble import check_weights, explain_not_finite, go_back, saying_how_to_go_on
@@ -107,14 +84,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one training from its options to its final files."""
     options, given = parse_args(argv, __doc__)
     start_logging()
+    command = [sys.executable, str(Path(__file__)), *(sys.argv[1:] if argv is None else argv)]
     if options.evolve and devices.world_size() == 1:
-        return search_hyperparameters(options, given, sys.argv[1:] if argv is None else argv)
+        return search_hyperparameters(options, given, command)
     with ranks.connected():
         resumed = ranks.from_first(lambda: find_resumed(options, given, ROOT))
         options = resumed.options if resumed else options
         device = devices.select_device(options.device)
         if len(gpu_indices(options.device)) > devices.world_size() == 1:
-            return launch_processes(options, resumed, argv)
+            return launch_processes(options, resumed, command)
         return run_training(options, resumed, device)
 
 
@@ -167,51 +145,8 @@ def start_logging() -> None:
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
 
 
-def search_hyperparameters(
-    options: argparse.Namespace, given: set[str], argv: Sequence[str]
-) -> None:
-    """`--evolve`: many trainings, each a process of its own with the same flags."""
-    seed_hyp = load_hyperparameters(find_config(options.hyp, ["data/hyps"], ROOT))
-    folder = new_run_dir(options.project, options.name, options.exist_ok)
-    keep_options(folder, vars(options))
-    flags = [*argv, "--evolve", "0", "--project", str(folder), "--name", "generation", "--exist-ok"]
-    # One validation at the end is enough, unless the training itself needs them.
-    flags += ["--nosave"] if {"image_weights", "patience"} & given else ["--nosave", "--noval"]
-
-    again = f"the same command with --name {folder.name} --exist-ok goes on"
-
-    def train_once(hyp: Hyperparameters, number: int) -> Score:
-        path = folder / "hyp.yaml"
-        save_options(path, hyp.to_dict())
-        command = [sys.executable, str(Path(__file__)), *flags, "--hyp", str(path)]
-        status = subprocess.call(command)
-        if status == NOT_FINITE and number > 0:
-            LOGGER.warning("warning: generation %d failed and counts as fitness 0", number + 1)
-            return Score(0.0, 0.0, 0.0)
-        if status:  # a full disk or a lost drive says nothing about the hyperparameters
-            if number == 0:
-                raise SystemExit("the search has not begun: its first training failed, see above")
-            raise SystemExit(f"generation {number + 1} failed, see above; {again}")
-        results = read_results(folder / "generation/results.csv")
-        pairs = zip(results["metrics/mAP_0.5"], results["metrics/mAP_0.5:0.95"], strict=True)
-        return max(Score(fitness(*pair), *pair) for pair in pairs if not math.isnan(pair[0]))
-
-    # Asked to end, it ends the training of the moment too, as Ctrl-C does: that would go on alone.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        best = evolve(folder, seed_hyp, options.evolve, train_once, options.seed)
-    except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; {again}") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    LOGGER.info(
-        "the best generation is number %d, fitness %.4f: %s; %s, with more generations in all",
-        best.number + 1, best.score.fitness, folder / "hyp_evolved.yaml", again,
-    )  # fmt: skip
-
-
 def launch_processes(
-    options: argparse.Namespace, resumed: Resumed | None, argv: Sequence[str] | None
+    options: argparse.Namespace, resumed: Resumed | None, command: Sequence[str]
 ) -> None:
     """Start one process for each GPU of `--device 0,1` and wait for them."""
     count = len(gpu_indices(options.device))
@@ -219,8 +154,7 @@ def launch_processes(
     find_inputs(options, resumed)  # complain, or download, before the others start
     if resumed:
         release(resumed.run_dir)
-    words = sys.argv[1:] if argv is None else argv
-    code = launch([sys.executable, str(Path(__file__)), *words], count)
+    code = launch(command, count)
     if code:
         raise SystemExit(code)
 

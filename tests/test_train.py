@@ -1499,7 +1499,7 @@ def trains_here(monkeypatch):
         train.main(command[2:])
         return 0
 
-    monkeypatch.setattr(train.subprocess, "call", call)
+    monkeypatch.setattr(subprocess, "call", call)
 
 
 @pytest.mark.slow
@@ -1558,9 +1558,9 @@ def test_only_numbers_that_run_away_count_against_hyperparameters(
     base, tmp_path, monkeypatch, status, fitnesses
 ):
     statuses = [0, status, 0]
-    monkeypatch.setattr(train.subprocess, "call", lambda _: statuses.pop(0))
+    monkeypatch.setattr(subprocess, "call", lambda _: statuses.pop(0))
     figures = {"metrics/mAP_0.5": [0.5], "metrics/mAP_0.5:0.95": [0.5]}
-    monkeypatch.setattr(train, "read_results", lambda _: figures)
+    monkeypatch.setattr("utils.training.search.read_results", lambda _: figures)
     command = [*base, "--name", "search", "--exist-ok", "--evolve", "3"]
     if len(fitnesses) == 1:
         with pytest.raises(SystemExit, match=r"^generation 2 failed, see above; the same .* goes"):
