@@ -49,9 +49,9 @@ from utils.stopping import Stopped
 from utils.training.inputs import check_processes, check_share, find_inputs
 from utils.training.loaders import build_loaders, check_images_are_here, scan_splits
 from utils.training.networks import (
+    best_of_source,
     build_network,
     choose_anchors,
-    find_best,
     freeze_rows,
     load_teacher,
 )
@@ -106,7 +106,7 @@ def run_training(
     inputs = ranks.from_first(lambda: find_inputs(options, resumed))
     precision = devices.select_precision(options.amp, device)
     model = build_network(inputs, options)
-    teacher = load_teacher(inputs, options, model)
+    teacher, best_of_teacher = load_teacher(inputs, options, model)
     frozen_norms = freeze_rows(model, options)
     imgsz = round_imgsz(options.imgsz, model.max_stride)
     train_split, val_split = ranks.from_first(lambda: scan_splits(inputs.data, options))
@@ -126,7 +126,7 @@ def run_training(
     run.data = {"training": summarize_data(train_split), "validation": summarize_data(val_split)}
     run.data |= summarize_teacher(inputs.teacher)
     add_teacher(run, teacher)
-    run.best = find_best(inputs, options)
+    run.best = max(best_of_source(inputs, options), best_of_teacher)
     if resumed:
         with naming_damage(resumed.path):
             restore_run(run, resumed.content["training"])

@@ -867,6 +867,27 @@ def test_teacher_stays_as_it_is_and_gets_no_gradient(base, teacher, monkeypatch)
     assert not any(p.requires_grad or p.grad is not None for p in run.teacher.parameters())
 
 
+def test_a_teacher_is_read_once_and_what_it_has_reached_is_known(
+    base, teacher, tmp_path, monkeypatch
+):
+    """A sparse training is measured by it."""
+    options = {"data": base[base.index("--data") + 1], "imgsz": 64, "single_cls": False}
+    content = {"options": options, "history": History(options, 0.75).as_content()}
+    save_checkpoint(teacher, load_checkpoint(teacher) | content)
+    read = []
+
+    def load_and_count(path):
+        read.append(path)
+        return load_detector(path)
+
+    for module in ("networks", "inputs"):
+        monkeypatch.setattr(f"utils.training.{module}.load_detector", load_and_count)
+    train.main([*base, "--epochs", "1", "--teacher", str(teacher), "--bn_sparsity", "--noval"])
+    assert read == [teacher]
+    history = load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["history"]
+    assert (history["best_map50"], history["best_source"]) == (0.75, "of the teacher")
+
+
 def test_teacher_of_other_anchors_is_told(base, teacher, tmp_path, caplog):
     content = load_checkpoint(teacher)
     content["model"]["model.14.anchors"] *= 1.5

@@ -44,15 +44,18 @@ def build_network(inputs: Inputs, options: argparse.Namespace) -> Model:
     return model
 
 
-def load_teacher(inputs: Inputs, options: argparse.Namespace, model: Model) -> Model | None:
-    """The network of `--teacher`, folded and frozen; it must answer what `model` answers.
+def load_teacher(
+    inputs: Inputs, options: argparse.Namespace, model: Model
+) -> tuple[Model | None, Best]:
+    """The network of `--teacher`, folded and frozen, and what it is known to have reached.
 
-    Loaded after `model` is built, whose fresh weights are thus the same with and without it.
+    It must answer what `model` answers. Loaded after `model` is built, whose fresh weights are
+    thus the same with and without it.
     """
     path = inputs.teacher
     if path is None:
-        return None
-    teacher, names, _ = ranks.from_first(lambda: load_detector(path))
+        return None, NOT_KNOWN
+    teacher, names, checkpoint = ranks.from_first(lambda: load_detector(path))
     check_teacher(teacher, names, model, inputs.data.names, f"--teacher {options.teacher}")
     LOGGER.info(
         "teacher: %s, %s parameters; gain %g",
@@ -60,17 +63,16 @@ def load_teacher(inputs: Inputs, options: argparse.Namespace, model: Model) -> M
         f"{count_parameters(teacher):,}",
         options.distill_gain,
     )
-    return teacher.fuse().requires_grad_(False)
+    best = Best(known_map50(checkpoint, inputs.data.names, vars(options)), "of the teacher")
+    return teacher.fuse().requires_grad_(False), best
 
 
-def find_best(inputs: Inputs, options: argparse.Namespace) -> Best:
-    """The mAP@.5 to measure a sparse training by that starting weights and teacher have had."""
-    known = {} if inputs.source is None else {"of the starting weights": inputs.source.checkpoint}
-    if inputs.teacher is not None:
-        known["of the teacher"] = load_detector(inputs.teacher).checkpoint
-    names, wanted = inputs.data.names, vars(options)
-    found = [Best(known_map50(known[source], names, wanted), source) for source in known]
-    return max(found, default=NOT_KNOWN)
+def best_of_source(inputs: Inputs, options: argparse.Namespace) -> Best:
+    """What the starting weights are known to have reached."""
+    if inputs.source is None:
+        return NOT_KNOWN
+    known = known_map50(inputs.source.checkpoint, inputs.data.names, vars(options))
+    return Best(known, "of the starting weights")
 
 
 def freeze_rows(model: Model, options: argparse.Namespace) -> list[nn.Module]:
