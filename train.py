@@ -280,6 +280,9 @@ def begin_epoch(run: Run, loader: Loader, epoch: int) -> None:
     loader.set_epoch(epoch, run.batches)
     if not run.batches:
         run.loss_sums = torch.zeros(len(run.loss_names), device=run.device)
+    else:  # for the log, if no batch is left
+        last_step = epoch * len(loader) + run.batches - 1
+        set_step(run.optimizer, run.schedule.at(last_step, epoch))
 
 
 def is_look_due(device: torch.device, index: int) -> bool:

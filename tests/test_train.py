@@ -229,29 +229,30 @@ STOPS = {
 
 
 @pytest.fixture(scope="module")
-def whole_states():
-    """The last training state of runs that nothing has interrupted, by kind."""
+def whole_runs():
+    """Last training state and results of runs that nothing has interrupted, by kind."""
     return {}
 
 
-def whole_state(known, kind, flags, tmp_path):
-    """The last state of that run, which is trained where no test has done so yet."""
+def whole_run(known, kind, flags, tmp_path):
+    """State and results of that run, which is trained where no test has done so yet."""
     if kind not in known:
         train.main([*flags, "--name", "whole"])
-        known[kind] = load_checkpoint(tmp_path / "runs/whole/weights/last.pt")["training"]
+        folder = tmp_path / "runs/whole"
+        known[kind] = load_checkpoint(folder / "weights/last.pt")["training"], results_of(folder)
     return known[kind]
 
 
 @pytest.mark.parametrize("case", STOPS)
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
-    base, tmp_path, monkeypatch, caplog, whole_states, case
+    base, tmp_path, monkeypatch, caplog, whole_runs, case
 ):
     part, number, cause, (kind, epoch, batches) = STOPS[case]
     caplog.set_level("INFO")
     monkeypatch.setattr(train, "finish", lambda *_: None)  # it strips the state
     flags = [*base, "--epochs", "3", "--batch", "1", "--nominal-batch", "2", "--optimizer", "AdamW"]
     flags += ["--bn_sparsity", "--sparsity_rate", "auto"] if kind == "sparse" else []
-    whole = whole_state(whole_states, kind, flags, tmp_path)
+    whole, rows = whole_run(whole_runs, kind, flags, tmp_path)
     with monkeypatch.context() as patched:
         signal_self_at_call(patched, part, number, cause)
         with pytest.raises(SystemExit) as stopped:
@@ -267,7 +268,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     state = load_checkpoint(parts / "weights/last.pt")["training"]
     assert state["epoch"] == 2
     assert_same_state(state, whole)
-    assert [row["epoch"] for row in results_of(parts)] == ["0", "1", "2"]
+    assert results_of(parts) == rows
 
 
 def test_a_run_whose_output_nobody_reads_any_more_goes_on(base, tmp_path, monkeypatch):
@@ -284,7 +285,7 @@ def test_a_run_whose_output_nobody_reads_any_more_goes_on(base, tmp_path, monkey
     assert load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["training"]["epoch"] == 0
 
 
-def test_what_is_saved_now_and_then_is_as_good(base, tmp_path, monkeypatch, whole_states):
+def test_what_is_saved_now_and_then_is_as_good(base, tmp_path, monkeypatch, whole_runs):
     """Between two steps of a long epoch, for a kill or a power cut; training goes on from there."""
     saved = []
 
@@ -305,7 +306,7 @@ def test_what_is_saved_now_and_then_is_as_good(base, tmp_path, monkeypatch, whol
     assert saved == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 2)]  # warm-up: steps of 1, then 2
     train.main(["--resume", str(tmp_path / "runs/parts")])
     state = load_checkpoint(tmp_path / "runs/parts/weights/last.pt")["training"]
-    assert_same_state(state, whole_state(whole_states, "dense", flags, tmp_path))
+    assert_same_state(state, whole_run(whole_runs, "dense", flags, tmp_path)[0])
 
 
 def test_what_is_saved_now_and_then_beside_a_gpu(base, tmp_path, monkeypatch):
@@ -321,7 +322,7 @@ def test_what_is_saved_now_and_then_beside_a_gpu(base, tmp_path, monkeypatch):
     assert saved == [(0, 0), (0, 2), (0, 4)]  # the first before anything
 
 
-def test_nothing_is_lost_with_a_loader(base, tmp_path, monkeypatch, whole_states):
+def test_nothing_is_lost_with_a_loader(base, tmp_path, monkeypatch, whole_runs):
     """Its drive has gone, or a worker was killed, while a batch waited for its step."""
     to_device, calls = train.to_device, []
 
@@ -341,7 +342,7 @@ def test_nothing_is_lost_with_a_loader(base, tmp_path, monkeypatch, whole_states
     assert (state["epoch"], state["batches"]) == (0, 2)
     train.main(["--resume", str(last)])
     state = load_checkpoint(last)["training"]
-    assert_same_state(state, whole_state(whole_states, "dense", flags, tmp_path))
+    assert_same_state(state, whole_run(whole_runs, "dense", flags, tmp_path)[0])
 
 
 def test_a_worker_that_the_signal_has_ended_too_is_no_error(base, monkeypatch, caplog):
