@@ -258,7 +258,7 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
             means = run.loss_sums * devices.world_size() / (index + 1)
             show_progress(bar, run, means, settings.lr)
         draw_data(run, loader, batch, epoch, index)
-        is_due = is_due or (looks and is_saving_due(run))
+        is_due = is_due or (looks and is_saving_due(run, before_validation=is_last))
         if is_stopping or (is_due and not pending):
             check_finite(unread, epoch)
             check_weights(run, epoch)

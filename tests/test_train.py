@@ -35,8 +35,10 @@ from utils.pruning.verdict import History
 from utils.resume import newest_unfinished
 from utils.training import rehearsal, report, saving
 from utils.training.run import Run
+from utils.training.saving import save_position
 from utils.training.sparsity import give_verdict, is_verdict_due
 from utils.training.step import MAX_GRADIENT_NORM, clip_gradients, compute_loss, optimizer_step
+from utils.training.validation import validate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -295,7 +297,6 @@ def test_what_is_saved_now_and_then_is_as_good(base, tmp_path, monkeypatch, whol
         if saved[-1] == (1, 2):
             raise Interrupted
 
-    save_position = train.save_position
     monkeypatch.setattr(train, "finish", lambda *_: None)  # it strips the state
     flags = [*base, "--epochs", "3", "--batch", "1", "--nominal-batch", "2", "--optimizer", "AdamW"]
     with monkeypatch.context() as patched:
@@ -320,6 +321,53 @@ def test_what_is_saved_now_and_then_beside_a_gpu(base, tmp_path, monkeypatch):
     monkeypatch.setattr(Schedule, "accumulation", lambda *_: 2)
     train.main([*base, "--epochs", "1", "--batch", "1"])
     assert saved == [(0, 0), (0, 2), (0, 4)]  # the first before anything
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_a_kill_within_a_long_validation_costs_no_training(
+    base, tmp_path, monkeypatch, whole_runs, kind
+):
+    """The network is saved before it; here each is long, which the first epoch cannot know."""
+
+    def save_and_note(run, epoch):
+        save_position(run, epoch)
+        saved.append((epoch, run.batches))
+
+    def validate_once(run, loader, epoch):
+        if epoch == 1:
+            raise Interrupted
+        return validate(run, loader, epoch)
+
+    def step_and_note(run, epoch, norm):
+        optimizer_step(run, epoch, norm)
+        stepped.append(epoch)
+
+    saved, stepped = [], []
+    monkeypatch.setattr(saving, "LONG_VALIDATION", 0)
+    monkeypatch.setattr(train, "give_verdict", lambda *_: None)
+    monkeypatch.setattr(train, "finish", lambda *_: None)  # it strips the state
+    flags = [*base, "--epochs", "3", "--batch", "1", "--nominal-batch", "2", "--optimizer", "AdamW"]
+    flags += ["--bn_sparsity", "--sparsity_rate", "auto"] if kind == "sparse" else []
+    whole, rows = whole_run(whole_runs, kind, flags, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "save_position", save_and_note)
+        patched.setattr(train, "validate", validate_once)
+        with pytest.raises(Interrupted):
+            train.main([*flags, "--name", "parts"])
+    assert saved == [(0, 0), (1, 4)]
+    monkeypatch.setattr(train, "optimizer_step", step_and_note)
+    train.main(["--resume", str(tmp_path / "runs/parts")])
+    assert set(stepped) == {2}
+    parts = tmp_path / "runs/parts"
+    assert results_of(parts) == rows
+    assert_same_state(load_checkpoint(parts / "weights/last.pt")["training"], whole)
+
+
+def test_a_short_validation_asks_for_no_checkpoint(base, monkeypatch):
+    saved = []
+    monkeypatch.setattr(train, "save_position", lambda run, epoch: saved.append(epoch))
+    train.main([*base, "--epochs", "2"])
+    assert saved == [0]  # before anything
 
 
 def test_nothing_is_lost_with_a_loader(base, tmp_path, monkeypatch, whole_runs):

@@ -80,6 +80,7 @@ class Run:
     loss_sums: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0))  # over these
     before: BeforeStep | None = None  # there while batches wait for the step that they belong to
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
+    validation_seconds: float = 0.0  # that the last one has taken
     board: Board | None = None  # TensorBoard
 
     @property

@@ -24,6 +24,7 @@ from utils.run_dir import new_run_dir, save_options
 from utils.training.run import BeforeStep, Run, build_loss
 
 SAVE_SECONDS = 600  # between two checkpoints at most, though an epoch takes longer
+LONG_VALIDATION = 60  # seconds; before one of these there is a checkpoint too
 
 
 def open_run_dir(
@@ -106,12 +107,17 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
     }
 
 
-def is_saving_due(run: Run) -> bool:
-    """Whether a kill would cost much by now; the same answer in all processes."""
+def is_saving_due(run: Run, *, before_validation: bool) -> bool:
+    """Whether a kill would cost much by now, or is more likely in what comes next.
+
+    That is a validation, which is expected to take as long as the one before. The answer is the
+    same in all processes.
+    """
     if run.options.nosave:
         return False
     is_late = time.monotonic() > run.saved_at + SAVE_SECONDS
-    return ranks.is_true_anywhere(is_late and devices.rank() == 0, run.device)
+    is_next_long = before_validation and run.validation_seconds > LONG_VALIDATION
+    return ranks.is_true_anywhere((is_late or is_next_long) and devices.rank() == 0, run.device)
 
 
 def save_epoch(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def validate(run: Run, loader: Loader, epoch: int) -> EvaluationResult | None:
             raise Stopped
         return ranks.gather(tally)
 
-    is_first = devices.rank() == 0
+    is_first, started = devices.rank() == 0, time.monotonic()
     result = evaluate(
         copy.deepcopy(run.ema.model).fuse(),
         run.stop.watch(loader),
@@ -46,6 +47,7 @@ def validate(run: Run, loader: Loader, epoch: int) -> EvaluationResult | None:
         progress=is_first,
         gather=gather_unless_stopped,
     )
+    run.validation_seconds = time.monotonic() - started
     return result if is_first else None
 
 
