@@ -21,146 +21,62 @@ if __name__ == "__main__":
     parse_args(description=__doc__)  # help and mistakes are answered before torch is loaded
 
 import argparse
-import copy
-import dataclasses
 import logging
-import math
-import platform
 import signal
-import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from models import Model, ModelSpec
-from models.yolo import MAX_WEIGHTS
 from utils import device as devices
 from utils import heap, ranks
-from utils.anchors import check_anchors, fit_anchors
-from utils.batch_size import CPU_BATCH, candidate_sizes, find_largest_fitting
-from utils.checkpoint import (
-    Detector,
-    build_checkpoint,
-    load_checkpoint,
-    load_detector,
-    most_weights,
-    save_checkpoint,
-    save_final,
-    transfer_weights,
-)
-from utils.choices import AUTO_BATCH, DEFAULT_IMPORTANCE
-from utils.claim import claim, release
-from utils.command import NOT_FINITE, describe_os_error, run_command
-from utils.config import (
-    DatasetSpec,
-    Hyperparameters,
-    find_config,
-    load_hyperparameters,
-    load_yaml,
-)
-from utils.dataset import (
-    RECT_PAD,
-    Batch,
-    DetectionDataset,
-    Loader,
-    Split,
-    build_loader,
-    image_weights_from_map,
-    label_sizes_px,
-    round_imgsz,
-    sample_batches,
-    scan_split,
-)
+from utils.choices import AUTO_BATCH
+from utils.claim import release
+from utils.command import run_command
+from utils.dataset import Loader, image_weights_from_map, round_imgsz
 from utils.device_text import gpu_indices
-from utils.distill import (
-    DistillationGains,
-    DistillationLoss,
-    check_teacher,
-    have_same_anchors,
-)
-from utils.downloads import find_weights, open_dataset
-from utils.evaluate import EvaluationResult, Tally, evaluate
-from utils.evolve import Score, evolve, keep_options
-from utils.finite import (
-    NotFinite,
-    Reading,
-    check_finite,
-    first_layer_not_finite,
-    first_not_finite,
-    save_for_a_look,
-)
+from utils.finite import Reading, check_finite
 from utils.lasting_output import lasting_output
 from utils.launch import launch
-from utils.loss import DetectionLoss, LossSettings
-from utils.metrics import fitness
-from utils.optim import (
-    ModelEma,
-    Schedule,
-    build_optimizer,
-    freeze,
-    frozen_rows,
-    num_warmup_steps,
-    restore_optimizer,
-    set_step,
+from utils.optim import set_step
+from utils.resume import Resumed, find_resumed, naming_damage, summarize_data, summarize_teacher
+from utils.run_dir import ResultsCsv
+from utils.stopping import Stopped
+from utils.training.inputs import check_processes, check_share, find_inputs
+from utils.training.loaders import build_loaders, check_images_are_here, scan_splits
+from utils.training.networks import (
+    best_of_source,
+    build_network,
+    choose_anchors,
+    freeze_rows,
+    load_teacher,
 )
-from utils.plots import draw, plot_batch, plot_gamma_history, plot_labels, plot_results
-from utils.profile import count_gflops, count_parameters
-from utils.pruning.activations import measure_inputs
-from utils.pruning.channel_groups import find_channel_groups
-from utils.pruning.forecast import Forecast, SparsityPlan, choose_auto_rate, plan_steps
-from utils.pruning.search import build_pruner
-from utils.pruning.slimming import (
-    NEAR_ZERO,
-    GammaStatistics,
-    SparsityPenalty,
-    gamma_statistics,
-    median_gamma,
-    prunable_batchnorms,
+from utils.training.rehearsal import choose_batch_size
+from utils.training.report import draw_data, finish, log_epoch, open_results, show_progress
+from utils.training.run import Run, add_teacher, build_run
+from utils.training.saving import (
+    is_saving_due,
+    open_run_dir,
+    remember,
+    restore_run,
+    save_epoch,
+    save_position,
+    tell_history,
 )
-from utils.pruning.verdict import (
-    NOT_KNOWN,
-    Best,
-    History,
-    describe_readiness,
-    known_map50,
-    measure_readiness,
-)
-from utils.resume import (
-    Resumed,
-    check_alike,
-    find_resumed,
-    naming_damage,
-    summarize_data,
-    summarize_teacher,
-    warn_of_other_data,
-)
-from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
-from utils.stopping import Stopped, StopRequest
-from utils.tensorboard import Board
+from utils.training.search import search_hyperparameters
+from utils.training.sparsity import give_verdict, is_verdict_due, let_go
+from utils.training.step import clip_gradients, compute_loss, optimizer_step, to_device
+from utils.training.trouble import check_weights, explain_not_finite, go_back, saying_how_to_go_on
+from utils.training.validation import judge_epoch, validate
 
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("train")
 
-LOSS_NAMES = ("box", "obj", "cls")
-MAX_GRADIENT_NORM = 10.0
-BATCH_MEMORY = 0.9  # of that of a GPU, for a batch size that is found by trying
-REHEARSAL_BOXES = 20  # objects in each image of such a trial
-RECOVERY_FACTOR, LEAST_RECOVERY = 0.5, 0.5**5  # of the learning rate with --on-nan recover
 PROGRESS_BATCHES = 10  # between two looks at what the device has computed
-SAVE_SECONDS = 600  # between two checkpoints at most, though an epoch takes longer
-GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
-# Images that the verdict on a sparse network is learnt from and measured on.
-VERDICT_TRAIN_IMAGES, VERDICT_IMAGES, VERDICT_BATCH = 64, 256, 16
 
 
 @lasting_output()
@@ -168,14 +84,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one training from its options to its final files."""
     options, given = parse_args(argv, __doc__)
     start_logging()
+    command = [sys.executable, str(Path(__file__)), *(sys.argv[1:] if argv is None else argv)]
     if options.evolve and devices.world_size() == 1:
-        return search_hyperparameters(options, given, sys.argv[1:] if argv is None else argv)
+        return search_hyperparameters(options, given, command)
     with ranks.connected():
         resumed = ranks.from_first(lambda: find_resumed(options, given, ROOT))
         options = resumed.options if resumed else options
         device = devices.select_device(options.device)
         if len(gpu_indices(options.device)) > devices.world_size() == 1:
-            return launch_processes(options, resumed, argv)
+            return launch_processes(options, resumed, command)
         return run_training(options, resumed, device)
 
 
@@ -189,7 +106,7 @@ def run_training(
     inputs = ranks.from_first(lambda: find_inputs(options, resumed))
     precision = devices.select_precision(options.amp, device)
     model = build_network(inputs, options)
-    teacher = load_teacher(inputs, options, model)
+    teacher, best_of_teacher = load_teacher(inputs, options, model)
     frozen_norms = freeze_rows(model, options)
     imgsz = round_imgsz(options.imgsz, model.max_stride)
     train_split, val_split = ranks.from_first(lambda: scan_splits(inputs.data, options))
@@ -209,7 +126,7 @@ def run_training(
     run.data = {"training": summarize_data(train_split), "validation": summarize_data(val_split)}
     run.data |= summarize_teacher(inputs.teacher)
     add_teacher(run, teacher)
-    run.best = find_best(inputs, options)
+    run.best = max(best_of_source(inputs, options), best_of_teacher)
     if resumed:
         with naming_damage(resumed.path):
             restore_run(run, resumed.content["training"])
@@ -228,158 +145,8 @@ def start_logging() -> None:
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
 
 
-def search_hyperparameters(
-    options: argparse.Namespace, given: set[str], argv: Sequence[str]
-) -> None:
-    """`--evolve`: many trainings, each a process of its own with the same flags."""
-    seed_hyp = load_hyperparameters(find_config(options.hyp, ["data/hyps"], ROOT))
-    folder = new_run_dir(options.project, options.name, options.exist_ok)
-    keep_options(folder, vars(options))
-    flags = [*argv, "--evolve", "0", "--project", str(folder), "--name", "generation", "--exist-ok"]
-    # One validation at the end is enough, unless the training itself needs them.
-    flags += ["--nosave"] if {"image_weights", "patience"} & given else ["--nosave", "--noval"]
-
-    again = f"the same command with --name {folder.name} --exist-ok goes on"
-
-    def train_once(hyp: Hyperparameters, number: int) -> Score:
-        path = folder / "hyp.yaml"
-        save_options(path, hyp.to_dict())
-        command = [sys.executable, str(Path(__file__)), *flags, "--hyp", str(path)]
-        status = subprocess.call(command)
-        if status == NOT_FINITE and number > 0:
-            LOGGER.warning("warning: generation %d failed and counts as fitness 0", number + 1)
-            return Score(0.0, 0.0, 0.0)
-        if status:  # a full disk or a lost drive says nothing about the hyperparameters
-            if number == 0:
-                raise SystemExit("the search has not begun: its first training failed, see above")
-            raise SystemExit(f"generation {number + 1} failed, see above; {again}")
-        results = read_results(folder / "generation/results.csv")
-        pairs = zip(results["metrics/mAP_0.5"], results["metrics/mAP_0.5:0.95"], strict=True)
-        return max(Score(fitness(*pair), *pair) for pair in pairs if not math.isnan(pair[0]))
-
-    # Asked to end, it ends the training of the moment too, as Ctrl-C does: that would go on alone.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        best = evolve(folder, seed_hyp, options.evolve, train_once, options.seed)
-    except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; {again}") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    LOGGER.info(
-        "the best generation is number %d, fitness %.4f: %s; %s, with more generations in all",
-        best.number + 1, best.score.fitness, folder / "hyp_evolved.yaml", again,
-    )  # fmt: skip
-
-
-class Inputs(NamedTuple):
-    """What a run is made from: found and checked before anything is written."""
-
-    hyp: Hyperparameters
-    spec: ModelSpec
-    source: Detector | None  # where the weights come from
-    max_weights: int  # that the network may have
-    teacher: Path | None
-    data: DatasetSpec
-
-
-def find_inputs(options: argparse.Namespace, resumed: Resumed | None) -> Inputs:
-    """Hyperparameters, network, weights, and last, as it may be a long download, the data."""
-    if resumed:
-        hyp = Hyperparameters(**resumed.content["hyp"])
-        spec, source = ModelSpec.from_dict(resumed.content["spec"], str(resumed.path)), None
-        max_weights = most_weights(resumed.content["model"])
-    else:
-        hyp = load_hyperparameters(find_config(options.hyp, ["data/hyps"], ROOT))
-        if options.label_smoothing is not None:
-            hyp = dataclasses.replace(hyp, label_smoothing=options.label_smoothing)
-        source = load_detector(find_weights(options.weights, ROOT)) if options.weights else None
-        spec = choose_spec(options, hyp, source)
-        max_weights = MAX_WEIGHTS
-    teacher = find_teacher(options, resumed)
-    try:
-        data = load_data(options)
-    except FileNotFoundError as error:
-        if not resumed:
-            raise
-        raise FileNotFoundError(f"{error}; if it has moved, add --data and its yaml") from None
-    if resumed and list(data.names) != resumed.content["names"]:
-        raise ValueError(
-            f"{data.source}: the classes are {', '.join(data.names)}, but the run to resume has "
-            f"{', '.join(resumed.content['names'])}"
-        )
-    spec = spec.with_num_classes(data.num_classes)
-    return Inputs(hyp, spec, source, max_weights, teacher, data)
-
-
-def choose_spec(
-    options: argparse.Namespace, hyp: Hyperparameters, source: Detector | None
-) -> ModelSpec:
-    """The network description: of the weights, or of `--cfg`; and which anchors it shall have."""
-    given = None
-    if options.cfg:
-        path = find_config(options.cfg, ["models"], ROOT)
-        given = ModelSpec.from_dict(load_yaml(path), str(path))
-    spec = given or source.model.spec
-    if options.ft_pruned_model:
-        check_slim(options, hyp, given, source.model.spec)
-        return source.model.spec
-    own_widths = source.model.spec.widths if source is not None else {}
-    if own_widths and own_widths != spec.widths:
-        raise ValueError(
-            f"{options.weights} is a pruned model of another shape than {options.cfg}; add "
-            "--ft_pruned_model to fine-tune it, or leave out --cfg"
-        )
-    if hyp.anchors is not None:
-        spec = dataclasses.replace(spec, anchors=hyp.anchors)
-    if isinstance(spec.anchors, int) and options.noautoanchor:
-        raise ValueError(
-            f"anchors: {spec.anchors} asks for new anchors, which --noautoanchor forbids"
-        )
-    return spec
-
-
-def check_slim(
-    options: argparse.Namespace, hyp: Hyperparameters, given: ModelSpec | None, slim: ModelSpec
-) -> None:
-    """Stop where `--ft_pruned_model` and other options contradict each other."""
-    if not slim.is_pruned:
-        raise ValueError(
-            f"--ft_pruned_model: {options.weights} is not a pruned model; prune it with prune.py, "
-            "or train it without this flag"
-        )
-    if given is not None and not given.is_same_network(slim):
-        raise ValueError(
-            f"--ft_pruned_model: {options.weights} was not pruned from the network of --cfg "
-            f"{options.cfg}; give the yaml it was trained with, or leave out --cfg"
-        )
-    if hyp.anchors is not None:
-        raise ValueError(
-            f"{options.hyp}: anchors: {hyp.anchors} cannot be combined with --ft_pruned_model, "
-            "which keeps the shape of the head"
-        )
-
-
-def find_teacher(options: argparse.Namespace, resumed: Resumed | None) -> Path | None:
-    """The file of `--teacher`, which a resumed run needs as well."""
-    if not options.teacher:
-        return None
-    try:
-        return find_weights(options.teacher, ROOT)
-    except FileNotFoundError as error:
-        again = (
-            "; the run to resume learns from it, put it back there or add --teacher and its path"
-        )
-        raise FileNotFoundError(f"--teacher {error}{again if resumed else ''}") from None
-
-
-def load_data(options: argparse.Namespace) -> DatasetSpec:
-    """The data set, fetched if need be."""
-    data = open_dataset(options.data, allow_scripts=options.allow_download_scripts)
-    return dataclasses.replace(data, names=("object",)) if options.single_cls else data
-
-
 def launch_processes(
-    options: argparse.Namespace, resumed: Resumed | None, argv: Sequence[str] | None
+    options: argparse.Namespace, resumed: Resumed | None, command: Sequence[str]
 ) -> None:
     """Start one process for each GPU of `--device 0,1` and wait for them."""
     count = len(gpu_indices(options.device))
@@ -387,563 +154,9 @@ def launch_processes(
     find_inputs(options, resumed)  # complain, or download, before the others start
     if resumed:
         release(resumed.run_dir)
-    words = sys.argv[1:] if argv is None else argv
-    code = launch([sys.executable, str(Path(__file__)), *words], count)
+    code = launch(command, count)
     if code:
         raise SystemExit(code)
-
-
-def check_processes(options: argparse.Namespace, device: torch.device) -> None:
-    """Stop where several processes cannot do what was asked for."""
-    count = devices.world_size()
-    if count == 1:
-        return
-    check_share(options, count)
-    if options.evolve:
-        raise ValueError("--evolve works in one process, which starts trainings; see --device 0,1")
-    if options.on_nan == "recover":
-        raise ValueError("--on-nan recover works in one process only, not in several")
-    if options.sync_bn and device.type != "cuda":
-        raise ValueError(f"--sync-bn needs CUDA GPUs, not {device.type}; leave it out")
-    if device.type == "cuda":
-        num_gpus = len(gpu_indices(options.device)) or torch.cuda.device_count()
-        if devices.local_world_size() > num_gpus:
-            raise ValueError(
-                f"{devices.local_world_size()} processes for {num_gpus} GPUs; start as many as "
-                "there are GPUs (--nproc_per_node)"
-            )
-        torch.cuda.set_device(device)
-
-
-def check_share(options: argparse.Namespace, count: int) -> None:
-    """Stop if the batch cannot be shared out evenly."""
-    if options.batch_size == AUTO_BATCH:
-        raise ValueError("--batch-size -1 finds what fits on one GPU; give a number for several")
-    if options.batch_size % count:
-        raise ValueError(
-            f"--batch-size {options.batch_size} cannot be shared evenly by {count} processes"
-        )
-
-
-def build_network(inputs: Inputs, options: argparse.Namespace) -> Model:
-    """The network to train, with whatever weights fit from its source."""
-    model = Model(inputs.spec, inputs.max_weights)
-    if inputs.source is not None:
-        # With --cfg, and where new anchors are asked for, those of the weights do not count.
-        own_anchors = isinstance(inputs.spec.anchors, int) or bool(
-            options.cfg and not options.ft_pruned_model
-        )
-        transfer_weights(model, inputs.source.model.state_dict(), keep_anchors=own_anchors)
-    if options.sync_bn and devices.world_size() > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if model.spec.is_pruned:
-        LOGGER.info(
-            "slim network: %d channels, %s parameters; %d channels in the dense one",
-            sum(model.widths().values()),
-            f"{count_parameters(model):,}",
-            sum(Model(model.spec.with_widths({})).widths().values()),
-        )
-    return model
-
-
-def load_teacher(inputs: Inputs, options: argparse.Namespace, model: Model) -> Model | None:
-    """The network of `--teacher`, folded and frozen; it must answer what `model` answers.
-
-    Loaded after `model` is built, whose fresh weights are thus the same with and without it.
-    """
-    if inputs.teacher is None:
-        return None
-    teacher, names, _ = ranks.from_first(lambda: load_detector(inputs.teacher))
-    check_teacher(teacher, names, model, inputs.data.names, f"--teacher {options.teacher}")
-    LOGGER.info(
-        "teacher: %s, %s parameters; gain %g",
-        inputs.teacher,
-        f"{count_parameters(teacher):,}",
-        options.distill_gain,
-    )
-    return teacher.fuse().requires_grad_(False)
-
-
-def freeze_rows(model: Model, options: argparse.Namespace) -> list[nn.Module]:
-    """Apply `--freeze`; returns the BN layers to keep in eval mode."""
-    return freeze(model.model, frozen_rows(options.freeze, len(model.model)))
-
-
-def scan_splits(data: DatasetSpec, options: argparse.Namespace) -> tuple[Split, Split]:
-    """Find and check images and labels of both splits."""
-    train_split, val_split = (
-        scan_split(sources, data.names, single_cls=options.single_cls)
-        for sources in (data.train, data.val)
-    )
-    return train_split, val_split
-
-
-def check_images_are_here(*splits: Split) -> None:
-    """Stop on a machine that does not have what the first process has found on its own."""
-    for path in (split.paths[0] for split in splits):
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"{path}: not on {platform.node()}; all machines must have the images under the "
-                "same path"
-            )
-
-
-def open_run_dir(
-    options: argparse.Namespace, hyp: Hyperparameters, resumed: Resumed | None
-) -> Path:
-    """A new folder for results, with the options and hyperparameters of this run in it."""
-    if resumed:
-        return resumed.run_dir
-    run_dir = new_run_dir(options.project, options.name, options.exist_ok)
-    claim(run_dir, ranks.job())
-    (run_dir / "weights").mkdir(exist_ok=True)
-    save_options(run_dir / "opt.yaml", vars(options))
-    save_options(run_dir / "hyp.yaml", hyp.to_dict())
-    return run_dir
-
-
-def open_results(run: Run, train_split: Split, val_split: Split) -> ResultsCsv | None:
-    """`results.csv`, new or continued, after saying what is about to happen."""
-    if devices.rank() != 0:
-        return None
-    if run.options.tensorboard:
-        run.board = Board(run.dir, run.first_epoch)
-        run.board.add_graph(copy.deepcopy(run.ema.model).float(), run.imgsz)
-    run.log_start(train_split, val_split)
-    resume_epoch = run.first_epoch or None
-    return ResultsCsv(run.dir / "results.csv", resume_epoch=resume_epoch)
-
-
-def build_loaders(
-    options: argparse.Namespace,
-    hyp: Hyperparameters,
-    train_split: Split,
-    val_split: Split,
-    imgsz: int,
-    stride: int,
-) -> tuple[Loader, Loader]:
-    """Augmented training batches and plain validation batches, of each the part of this process."""
-    share = options.batch_size // devices.world_size()
-    place = {"rank": devices.rank(), "world_size": devices.world_size()}
-    device = devices.select_device(options.device)
-    workers = devices.count_loader_processes(options.workers, device)
-    sizes = {"imgsz": imgsz, "stride": stride, "cache": options.cache, "seed": options.seed}
-    # A cache on a disk is written once.
-    with ranks.in_turn() if options.cache == "disk" else nullcontext():
-        train_set = DetectionDataset(
-            train_split, hyp=hyp, rect=options.rect, batch_size=options.batch_size, **sizes
-        )
-        val_set = DetectionDataset(
-            val_split, rect=True, batch_size=options.batch_size * 2, pad=RECT_PAD, **sizes
-        )
-    train_loader = build_loader(
-        train_set, share, workers=workers, shuffle=True, seed=options.seed, **place
-    )
-    val_loader = build_loader(val_set, share * 2, workers=workers, shuffle=False, seed=0, **place)
-    return train_loader, val_loader
-
-
-def choose_anchors(
-    model: Model, inputs: Inputs, split: Split, imgsz: int, options: argparse.Namespace
-) -> None:
-    """Fit the anchors to the training boxes where they are asked for or do not fit."""
-    sizes = label_sizes_px(split, imgsz)
-    fitted, current = None, model.head.anchors_px.numpy()
-    if isinstance(inputs.spec.anchors, int):
-        fitted = fit_anchors(sizes, current.shape[:2], inputs.hyp.anchor_t, options.seed)
-    elif not options.noautoanchor:
-        fitted = check_anchors(current, sizes, inputs.hyp.anchor_t, options.seed)
-    if fitted is not None:
-        model.set_anchors(torch.tensor(fitted, dtype=torch.float32))
-
-
-class BeforeStep(NamedTuple):
-    """What batches change before the optimizer does, as it was before the first of them."""
-
-    buffers: list[Tensor]  # of the network: statistics of batch norms
-    loss_sums: Tensor
-
-
-@dataclasses.dataclass
-class Run:
-    """What one training run consists of, and where it stands."""
-
-    options: argparse.Namespace
-    hyp: Hyperparameters
-    model: Model
-    network: nn.Module  # the model, wrapped if several processes train together
-    names: tuple[str, ...]
-    imgsz: int
-    device: torch.device
-    precision: torch.dtype
-    dir: Path
-    loss: DetectionLoss
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    scaler: torch.amp.GradScaler
-    ema: ModelEma
-    plan: SparsityPlan  # of the whole run
-    penalty: SparsityPenalty | None
-    class_maps: np.ndarray  # [K] mAP@.5:.95 of each class after the last validation
-    frozen_norms: list[nn.Module] = dataclasses.field(default_factory=list)
-    first_epoch: int = 0
-    best_fitness: float = -1.0
-    best_epoch: int = 0
-    best: Best = NOT_KNOWN  # mAP@.5, that of an older run on the same data included
-    gammas: list[GammaStatistics] = dataclasses.field(default_factory=list)  # one an epoch
-    teacher: Model | None = None
-    distillation: DistillationLoss | None = None  # there if the teacher is
-    data: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # to see changes
-    stop: StopRequest = dataclasses.field(default_factory=lambda: StopRequest(devices.rank() > 0))
-    is_resumed: bool = False
-    batches: int = 0  # of the current epoch, that the network has learnt from
-    loss_sums: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0))  # over these
-    before: BeforeStep | None = None  # there while batches wait for the step that they belong to
-    saved_at: float = dataclasses.field(default_factory=time.monotonic)
-    board: Board | None = None  # TensorBoard
-
-    @property
-    def loss_names(self) -> tuple[str, ...]:
-        """The parts of the training loss."""
-        return LOSS_NAMES if self.distillation is None else (*LOSS_NAMES, "distill")
-
-    def log_start(self, train_split: Split, val_split: Split) -> None:
-        """Say what is about to happen."""
-        LOGGER.info(
-            "%s, %s; %s parameters, %.2f GFLOPs at %d px",
-            devices.describe_device(self.device),
-            str(self.precision).removeprefix("torch."),
-            f"{count_parameters(self.model):,}",
-            count_gflops(self.ema.model, self.imgsz),
-            self.imgsz,
-        )
-        if self.penalty is not None:
-            weights = torch.cat(self.penalty.weights)
-            pulled = weights[weights > 0]  # not those that were let go
-            LOGGER.info(
-                "sparse training (%s, shortcuts: %s): rate %s, by cost %.2g to %.2g times that, on "
-                "%d gammas in %d layers",
-                self.penalty.mode,
-                self.penalty.shortcut,
-                self.options.sparsity_rate,
-                pulled.min().item(),
-                pulled.max().item(),
-                self.penalty.num_channels,
-                len(self.penalty.batchnorms),
-            )
-            log_forecast(self, self.penalty, self.first_epoch)
-        LOGGER.info(
-            "%d training and %d validation images; epochs %d to %d; results in %s",
-            len(train_split.paths),
-            len(val_split.paths),
-            self.first_epoch,
-            self.options.epochs - 1,
-            self.dir,
-        )
-
-
-def build_run(
-    options: argparse.Namespace,
-    inputs: Inputs,
-    model: Model,
-    imgsz: int,
-    device: torch.device,
-    precision: torch.dtype,
-    steps_per_epoch: int,
-    run_dir: Path,
-) -> Run:
-    """Loss, optimizer, schedule and average for the network, on the device."""
-    hyp = inputs.hyp
-    model.to(device, memory_format=torch.channels_last)
-    nominal = options.nominal_batch
-    full_batch = options.batch_size * max(round(nominal / options.batch_size), 1)
-    optimizer = build_optimizer(
-        model,
-        options.optimizer,
-        hyp.lr0,
-        hyp.momentum,
-        hyp.weight_decay * full_batch / nominal,
-    )
-    schedule = Schedule(
-        lr0=hyp.lr0,
-        lrf=hyp.lrf,
-        epochs=options.epochs,
-        momentum=hyp.momentum,
-        cosine=options.cos_lr,
-        nominal_batch=nominal,
-        warmup_steps=num_warmup_steps(hyp.warmup_epochs, steps_per_epoch, options.epochs),
-        warmup_momentum=hyp.warmup_momentum,
-        # Adam normalises its steps: the bias rate meant for SGD would throw biases about.
-        warmup_bias_lr=hyp.warmup_bias_lr if options.optimizer == "SGD" else 0.0,
-    )
-    plan = SparsityPlan(
-        plan_steps(schedule, steps_per_epoch, options.batch_size),
-        options.epochs,
-        options.optimizer,
-        options.sparsity_mode,
-        options.sparsity_schedule,
-    )
-    network: nn.Module = model
-    if devices.world_size() > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        network = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    return Run(
-        options=options,
-        hyp=hyp,
-        model=model,
-        network=network,
-        names=inputs.data.names,
-        imgsz=imgsz,
-        device=device,
-        precision=precision,
-        dir=run_dir,
-        loss=DetectionLoss(model.head.anchors, loss_settings(hyp, model, imgsz), ranks.add_up),
-        optimizer=optimizer,
-        schedule=schedule,
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
-        ema=ModelEma(model),
-        plan=plan,
-        penalty=build_penalty(options, model, plan),
-        class_maps=np.zeros(inputs.data.num_classes),
-    )
-
-
-def loss_settings(hyp: Hyperparameters, model: Model, imgsz: int) -> LossSettings:
-    """Gains of the hyperparameter file, which are for 3 levels, 80 classes and 640 pixels."""
-    levels = 3 / len(model.head.strides)
-    return LossSettings(
-        box=hyp.box * levels,
-        obj=hyp.obj * levels * (imgsz / 640) ** 2,
-        cls=hyp.cls * levels * model.head.num_classes / 80,
-        cls_pw=hyp.cls_pw,
-        obj_pw=hyp.obj_pw,
-        anchor_t=hyp.anchor_t,
-        fl_gamma=hyp.fl_gamma,
-        label_smoothing=hyp.label_smoothing,
-    )
-
-
-def build_penalty(
-    options: argparse.Namespace, model: Model, plan: SparsityPlan
-) -> SparsityPenalty | None:
-    """The L1 term on the gammas that prune.py can remove; None in other stages."""
-    if not options.bn_sparsity:
-        return None
-    batchnorms = prunable_batchnorms(model, options.shortcut)
-    frozen = [path for path, bn in batchnorms.items() if not bn.weight.requires_grad]
-    if len(frozen) == len(batchnorms):
-        raise ValueError("--freeze leaves no layer that --bn_sparsity could make sparse")
-    if frozen:
-        LOGGER.warning("--freeze: no penalty on %d frozen layers, from %s", len(frozen), frozen[0])
-    rate = options.sparsity_rate
-    if rate == "auto":
-        teacher_gain = options.distill_gain if options.teacher else 0.0
-        rate = choose_auto_rate(plan, median_gamma(batchnorms.values()), teacher_gain)
-    return SparsityPenalty(
-        model,
-        rate,
-        options.epochs,
-        options.shortcut,
-        options.sparsity_mode,
-        options.sparsity_schedule,
-        options.sparsity_cost,
-        options.sparsity_share,
-    )
-
-
-def add_teacher(run: Run, teacher: Model | None) -> None:
-    """Let the run learn from the teacher, if there is one, with the gains that the labels have."""
-    if teacher is None:
-        return
-    if not have_same_anchors(teacher, run.model):
-        LOGGER.warning(
-            "warning: the anchors of the teacher are others; boxes are compared as they are, but "
-            "which anchor sees an object may be taught against the labels"
-        )
-    run.teacher = teacher.to(run.device, memory_format=torch.channels_last)
-    labels, gain = loss_settings(run.hyp, run.model, run.imgsz), run.options.distill_gain
-    gains = DistillationGains(box=gain * labels.box, obj=gain * labels.obj, cls=gain * labels.cls)
-    run.distillation = DistillationLoss(
-        run.model.head.anchors, teacher.head.anchors, gains, ranks.add_up
-    )
-
-
-def find_best(inputs: Inputs, options: argparse.Namespace) -> Best:
-    """The mAP@.5 to measure a sparse training by that starting weights and teacher have had."""
-    known = {} if inputs.source is None else {"of the starting weights": inputs.source.checkpoint}
-    if inputs.teacher is not None:
-        known["of the teacher"] = load_detector(inputs.teacher).checkpoint
-    names, wanted = inputs.data.names, vars(options)
-    found = [Best(known_map50(known[source], names, wanted), source) for source in known]
-    return max(found, default=NOT_KNOWN)
-
-
-def restore_run(run: Run, state: dict[str, Any]) -> None:
-    """Continue from the training part of a checkpoint."""
-    fresh = training_state(run, -1, is_last=False)
-    check_alike(
-        {k: v for k, v in state.items() if k != "optimizer"},
-        {k: v for k, v in fresh.items() if k != "data"},
-        "training",
-    )
-    run.model.load_state_dict(state["model"])
-    # It keeps a copy of the anchors.
-    run.loss = DetectionLoss(run.model.head.anchors, run.loss.settings, ranks.add_up)
-    run.ema.load_state_dict(state["ema"])
-    restore_optimizer(run.optimizer, state["optimizer"])
-    if state["scaler"]:  # empty where the run did without, in another precision
-        run.scaler.load_state_dict(state["scaler"])
-    # A run that stopped early and was killed before its last touches has nothing left to train.
-    run.first_epoch = run.options.epochs if state["is_last"] else state["epoch"] + 1
-    run.is_resumed = True
-    # Versions before saved between epochs alone. With another batch size it is as many images.
-    ratio = state.get("batch_size", run.options.batch_size) / run.options.batch_size
-    run.batches = round(state.get("batches", 0) * ratio)
-    sums = state.get("loss_sums", ())
-    if len(sums) != len(run.loss_names) and (sums or run.batches):
-        raise ValueError(f"{len(sums)} sums of {len(run.loss_names)} losses")
-    # What is saved is the sum over all processes.
-    run.loss_sums = torch.tensor(sums, device=run.device) * ratio / devices.world_size()
-    run.best_fitness, run.best_epoch = state["best_fitness"], state["best_epoch"]
-    run.best = Best(*state.get("best_map50", run.best))
-    run.class_maps = state["class_maps"].numpy()
-    run.schedule = dataclasses.replace(run.schedule, factor=state.get("lr_factor", 1.0))
-    warn_of_other_data(state.get("data", {}), run.data)
-    if run.penalty is not None and "penalty" in state:  # versions before had none
-        run.penalty.load_state_dict(state["penalty"])
-    run.gammas = [GammaStatistics(**row) for row in state["gammas"]]
-    if run.penalty is not None:
-        wanted = gamma_statistics(run.ema.model, run.penalty.shortcut)
-        for row in run.gammas:
-            check_alike(dataclasses.asdict(row), dataclasses.asdict(wanted), "gammas")
-            if row.layers.keys() != wanted.layers.keys():
-                raise ValueError("gammas are those of another network")
-    torch.set_rng_state(state["torch_rng"])
-
-
-def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
-    """All that `restore_run` needs, as plain data; `epoch` is the last one that was finished."""
-    return {
-        "model": run.model.state_dict(),
-        "ema": run.ema.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "penalty": None if run.penalty is None else run.penalty.state_dict(),
-        "epoch": epoch,
-        "is_last": is_last,
-        "batches": run.batches,
-        "loss_sums": run.loss_sums.tolist(),
-        "batch_size": run.options.batch_size,
-        "lr_factor": run.schedule.factor,
-        "data": run.data,
-        "best_fitness": run.best_fitness,
-        "best_epoch": run.best_epoch,
-        "best_map50": tuple(run.best),
-        "class_maps": torch.tensor(run.class_maps),
-        "gammas": [vars(row) for row in run.gammas],
-        "torch_rng": torch.get_rng_state(),
-    }
-
-
-def choose_batch_size(
-    options: argparse.Namespace,
-    inputs: Inputs,
-    model: Model,
-    teacher: Model | None,
-    imgsz: int,
-    device: torch.device,
-    precision: torch.dtype,
-) -> int:
-    """For `--batch-size -1`: what fits on a GPU, at most the images that a step sums up anyway."""
-    if device.type != "cuda":
-        size = min(CPU_BATCH, options.nominal_batch)
-        LOGGER.info("--batch-size -1: %d, as this device is not short of memory", size)
-        return size
-    trial_options = argparse.Namespace(**{**vars(options), "batch_size": 1})
-    trial = build_run(
-        trial_options, inputs, copy.deepcopy(model), imgsz, device, precision, 1, Path()
-    )
-    add_teacher(trial, teacher)
-    with devices.limit_memory(device, BATCH_MEMORY):
-        size = find_largest_fitting(
-            candidate_sizes(options.nominal_batch), lambda size: rehearse(trial, size), device
-        )
-    if not size:
-        raise ValueError(f"--batch-size -1: not even one image of {imgsz} px fits; lower --imgsz")
-    LOGGER.info("--batch-size -1: %d, found by trying (at most --nominal-batch)", size)
-    return size
-
-
-def rehearse(run: Run, batch_size: int) -> None:
-    """A training step and a batch of the validation, of the largest size that may come.
-
-    It changes the network. The size is that of one process.
-    """
-    stride = run.model.max_stride
-    largest = run.imgsz * 3 // 2 if run.options.multi_scale else run.imgsz
-    side = math.ceil(largest / stride) * stride
-    targets = torch.full((batch_size * REHEARSAL_BOXES, 6), 0.5)
-    targets[:, 0] = torch.arange(batch_size).repeat_interleave(REHEARSAL_BOXES)
-    targets[:, 1] = 0
-    run.network.train()
-    loss, _ = compute_loss(run, blank_images(run, batch_size, side), targets)
-    run.scaler.scale(loss).backward()
-    optimizer_step(run, 0, clip_gradients(run))
-    with torch.no_grad():  # as `validate` does; its shapes are padded
-        run.ema.model(blank_images(run, 2 * batch_size, run.imgsz + stride))
-
-
-def blank_images(run: Run, number: int, side: int) -> Tensor:
-    """Grey images [B, 3, side, side] on the device."""
-    images = torch.full((number, 3, side, side), 0.5, device=run.device)
-    return images.to(memory_format=torch.channels_last)
-
-
-def advise_batch_size(run: Run, error: torch.OutOfMemoryError) -> str:
-    """What happened, and the batch size that would fit; tries it out on the network, which ends."""
-    traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
-    go_alone(run)
-    run.optimizer.zero_grad(set_to_none=True)
-    devices.free_memory(run.device)
-    options, count = run.options, devices.world_size()
-    sizes = candidate_sizes(options.batch_size // count)[:-1]
-    with devices.limit_memory(run.device, BATCH_MEMORY):
-        fits = count * find_largest_fitting(sizes, lambda size: rehearse(run, size), run.device)
-    given = f"--batch-size {options.batch_size} at {run.imgsz} px"
-    if not fits:
-        return f"out of memory with {given}; no smaller one fits either, lower --imgsz"
-    again = f"python train.py --resume {run.dir} --batch-size {fits}"
-    has_last = (run.dir / "weights/last.pt").is_file()
-    return f"out of memory with {given}; {again if has_last else f'--batch-size {fits}'} fits"
-
-
-def go_alone(run: Run) -> None:
-    """From here on this process must not wait for others: they may be elsewhere, until it ends."""
-    run.network = run.model
-    ranks.go_alone()
-
-
-@contextmanager
-def saying_how_to_go_on(run: Run) -> Iterator[None]:
-    """A full disk or a share that has gone ends the run, but costs little of it; so does memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(advise_batch_size(run, error)) from None
-    except RuntimeError as error:
-        if not ranks.is_lost_connection(error):
-            raise
-        reason = ranks.describe_lost_connection(error)
-        raise ConnectionError(
-            f"{reason}; python train.py --resume {run.dir} goes on from what was saved last"
-        ) from None
-    except OSError as error:
-        reason, last = describe_os_error(error), run.dir / "weights/last.pt"
-        if devices.rank() != 0 or not last.is_file():
-            raise
-        raise OSError(
-            f"{reason}; then python train.py --resume {run.dir} goes on from what was saved last"
-        ) from error
 
 
 def train_epochs(
@@ -989,69 +202,6 @@ def train_epochs(
                 history = tell_history(run, result)
                 give_verdict(run, run.penalty, train_loader, val_loader, epoch, history)
         epoch += 1
-
-
-def let_go(run: Run, penalty: SparsityPenalty, epoch: int) -> None:
-    """Once enough of the averaged gammas are near 0, pull at the others no more, and say so."""
-    share = penalty.release(run.ema.model)
-    if share is not None:
-        LOGGER.info(
-            "epoch %d: %.1f%% of the gammas are below %g, --sparsity_share is %g%%; the others are "
-            "let go from here on",
-            epoch, 100 * share, NEAR_ZERO, 100 * penalty.release_share,
-        )  # fmt: skip
-
-
-def explain_not_finite(run: Run, error: FloatingPointError, epoch: int) -> str:
-    """What is not finite and where it began; the batch is saved for a look."""
-    go_alone(run)
-    reasons = [str(error)]
-    if isinstance(error, NotFinite):
-        if devices.rank() == 0:
-            picture = save_for_a_look(run.dir, error.batch, epoch, error.number, run.names)
-            reasons.append(f"the batch is in {picture} and .txt")
-        images = to_device(run, error.batch, epoch, error.number)
-        layer = first_layer_not_finite(
-            run.model, lambda: compute_loss(run, images, error.batch.targets)
-        )
-        grads = {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}
-        gradient = first_not_finite(grads)
-        if layer is not None:
-            reasons.append(f"the first layer with such an output is {layer}")
-        elif gradient is not None:
-            reasons.append(f"the first such gradient is that of {gradient}")
-    if run.penalty is not None:
-        reasons.append(run.penalty.describe_largest_gamma(epoch))
-    return "; ".join(reasons)
-
-
-def go_back(run: Run, trouble: str) -> None:
-    """Return to what was saved last, with a lower learning rate, or end where that is not wanted.
-
-    Raises:
-        FloatingPointError: `--on-nan stop`, or the rate has been lowered as often as makes sense.
-    """
-    last = run.dir / "weights/last.pt"
-    factor = run.schedule.factor * RECOVERY_FACTOR
-    if run.options.on_nan == "stop":
-        again = (
-            f"python train.py --resume {run.dir} --on-nan recover goes on from what was saved "
-            "last, and halves the learning rate when this comes again; or "
-        )
-        remedy = "lower lr0 in the hyperparameters or --sparsity_rate, or try --amp off"
-        raise FloatingPointError(f"{trouble}; {again if last.is_file() else ''}{remedy}")
-    if factor < LEAST_RECOVERY:
-        raise FloatingPointError(
-            f"{trouble}; with a learning rate {1 / run.schedule.factor:.0f} times lower this still "
-            "happens, so something else is wrong: look at the batch, or try --amp off"
-        )
-    restore_run(run, load_checkpoint(last)["training"])
-    run.optimizer.zero_grad(set_to_none=True)
-    run.schedule = dataclasses.replace(run.schedule, factor=factor)
-    LOGGER.warning(
-        "warning: %s; back to epoch %d, batch %d, with the learning rate times %g",
-        trouble, run.first_epoch, run.batches, factor,
-    )  # fmt: skip
 
 
 def say_goodbye(run: Run, epoch: int, num_batches: int) -> int:
@@ -1109,7 +259,7 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
             means = run.loss_sums * devices.world_size() / (index + 1)
             show_progress(bar, run, means, settings.lr)
         draw_data(run, loader, batch, epoch, index)
-        is_due = is_due or (looks and is_saving_due(run))
+        is_due = is_due or (looks and is_saving_due(run, before_validation=is_last))
         if is_stopping or (is_due and not pending):
             check_finite(unread, epoch)
             check_weights(run, epoch)
@@ -1131,395 +281,14 @@ def begin_epoch(run: Run, loader: Loader, epoch: int) -> None:
     loader.set_epoch(epoch, run.batches)
     if not run.batches:
         run.loss_sums = torch.zeros(len(run.loss_names), device=run.device)
-
-
-def remember(run: Run) -> BeforeStep:
-    """What `forget_pending` goes back to; nothing waits for the device."""
-    buffers = list(run.model.buffers())
-    copies = [torch.empty_like(buffer) for buffer in buffers]
-    torch._foreach_copy_(copies, buffers)
-    return BeforeStep(copies, run.loss_sums.clone())
-
-
-def forget_pending(run: Run) -> None:
-    """Leave the batches out that no optimizer step has followed yet: a resumed run repeats them."""
-    if run.before is not None:
-        torch._foreach_copy_(list(run.model.buffers()), run.before.buffers)
-        run.loss_sums = run.before.loss_sums
-        run.optimizer.zero_grad(set_to_none=True)
-        run.before = None
+    else:  # for the log, if no batch is left
+        last_step = epoch * len(loader) + run.batches - 1
+        set_step(run.optimizer, run.schedule.at(last_step, epoch))
 
 
 def is_look_due(device: torch.device, index: int) -> bool:
     """A GPU works on while nothing is read from it; what it did is looked at now and then."""
     return device.type == "cpu" or index % PROGRESS_BATCHES == 0
-
-
-def is_saving_due(run: Run) -> bool:
-    """Whether a kill would cost much by now; the same answer in all processes."""
-    if run.options.nosave:
-        return False
-    is_late = time.monotonic() > run.saved_at + SAVE_SECONDS
-    return ranks.is_true_anywhere(is_late and devices.rank() == 0, run.device)
-
-
-def check_weights(run: Run, epoch: int) -> None:
-    """Statistics of batch norms, and squares in the optimizer, can be spoilt by a finite loss."""
-    kept = {
-        f"{what} of {name}": value
-        for name, parameter in run.model.named_parameters()
-        for what, value in run.optimizer.state.get(parameter, {}).items()
-    }
-    states = (run.model.state_dict(), run.ema.model.state_dict(), kept)
-    name = next(filter(None, map(first_not_finite, states)), None)
-    if name is not None:
-        raise FloatingPointError(f"after epoch {epoch} the values of {name} are not all finite")
-
-
-def draw_data(run: Run, loader: Loader, batch: Batch, epoch: int, index: int) -> None:
-    """All labels and the first batches; after the first of them, as drawing takes a second."""
-    if epoch > 0 or index > 2 or devices.rank() != 0:
-        return
-    if index == 0:
-        labels = loader.batch_sampler.dataset.split.labels.flat
-        draw(plot_labels, labels, run.names, run.dir / "labels.jpg")
-    picture = run.dir / f"train_batch{index}.jpg"
-    draw(plot_batch, batch.images, batch.targets, batch.paths, run.names, picture)
-
-
-def to_device(run: Run, batch: Batch, epoch: int, index: int) -> Tensor:
-    """Images 0-1 `[B, 3, H, W]` on the device, channels last; resized if `--multi-scale`."""
-    images = batch.images.to(run.device, non_blocking=True)
-    # Whole numbers up to 255 are exact in bfloat16, in which mixed precision computes anyway.
-    exact = run.precision == torch.bfloat16 and not run.options.multi_scale
-    images = images.to(run.precision if exact else torch.float32, memory_format=torch.channels_last)
-    images.div_(255)
-    if run.options.multi_scale:
-        rng = np.random.default_rng((run.options.seed, epoch, index))
-        stride = run.model.max_stride
-        side = int(rng.integers(run.imgsz // 2, run.imgsz * 3 // 2 + 1))
-        factor = side / max(images.shape[2:])
-        size = [max(round(length * factor / stride), 1) * stride for length in images.shape[2:]]
-        images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-    return images
-
-
-def compute_loss(
-    run: Run, images: Tensor, targets: Tensor, *, is_extra: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The loss of a batch to minimise (scalar), and its parts in the order of `run.loss_names`.
-
-    Of several processes each gets its share; one whose images are extra gets 0.
-    """
-    weight = 0.0 if is_extra else 1.0
-    mixed = run.precision != torch.float32
-    with torch.autocast(run.device.type, run.precision, enabled=mixed):
-        logits = run.network(images)
-    loss, parts = run.loss(logits, targets, weight)
-    if run.teacher is None or run.distillation is None:
-        return loss, parts
-    with torch.no_grad(), torch.autocast(run.device.type, run.precision, enabled=mixed):
-        _, wanted = run.teacher(images)
-    distillation, terms = run.distillation(logits, wanted, weight)
-    return loss + distillation, torch.cat((parts, terms.sum(0, keepdim=True)))
-
-
-def clip_gradients(run: Run) -> Tensor:
-    """Unscale the gradients and shorten them to `MAX_GRADIENT_NORM`; returns their norm before."""
-    run.scaler.unscale_(run.optimizer)
-    return torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRADIENT_NORM)
-
-
-def optimizer_step(run: Run, epoch: int, norm: Tensor) -> None:
-    """Add the sparsity term, step, average.
-
-    The term follows unscaling and clipping and comes once per step, so that the rate means the
-    same with any precision, accumulation and gradient norm. Its proximal form follows the step.
-
-    Args:
-        run: with gradients as `clip_gradients` leaves them.
-        epoch: the current one.
-        norm: what `clip_gradients` gave.
-    """
-    if run.penalty is not None:
-        run.penalty.before_step(epoch, norm)
-    if run.optimizer.defaults["fused"] and not run.scaler.is_enabled():
-        # It leaves a step out that is not finite, and nothing has to wait for the device.
-        run.optimizer.found_inf = (~norm.isfinite()).float()
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    if run.penalty is not None:
-        run.penalty.after_step(epoch, norm, run.optimizer, run.ema.model)
-    run.optimizer.zero_grad(set_to_none=True)
-    run.ema.update(run.model)
-
-
-def show_progress(bar: tqdm, run: Run, means: Tensor, lr: float) -> None:
-    """Losses, learning rate and memory beside the bar; tqdm adds the time left."""
-    losses = zip(run.loss_names, means.tolist(), strict=True)
-    text = " ".join(f"{name} {value:.4f}" for name, value in losses)
-    bar.set_postfix_str(f"{text} lr {lr:.2g} mem {devices.memory_text(run.device)}")
-
-
-def validate(run: Run, loader: Loader, epoch: int) -> EvaluationResult | None:
-    """Measure the averaged weights; None where `--noval` says so, and beside the first process.
-
-    Raises:
-        Stopped: the program was asked to end.
-    """
-    if run.options.noval and epoch < run.options.epochs - 1:
-        return None
-    # Statistics of batch norms are those of the images that a process has seen.
-    ranks.take_from_first(list(run.ema.model.buffers()))
-
-    def gather_unless_stopped(tally: Tally) -> list[Tally]:
-        if ranks.is_true_anywhere(run.stop.signal is not None, run.device):
-            raise Stopped
-        return ranks.gather(tally)
-
-    is_first = devices.rank() == 0
-    result = evaluate(
-        copy.deepcopy(run.ema.model).fuse(),
-        run.stop.watch(loader),
-        run.names,
-        device=run.device,
-        single_cls=run.options.single_cls,
-        loss_fn=run.loss,
-        progress=is_first,
-        gather=gather_unless_stopped,
-    )
-    return result if is_first else None
-
-
-def log_epoch(
-    run: Run,
-    results: ResultsCsv,
-    epoch: int,
-    losses: Sequence[float],
-    result: EvaluationResult | None,
-) -> None:
-    """One row of `results.csv`, one line of log, and the pictures of the curves."""
-    row = {f"train/{name}_loss": loss for name, loss in zip(run.loss_names, losses, strict=True)}
-    line = f"epoch {epoch}: loss {sum(losses):.4f}"
-    if result is not None:
-        row["metrics/precision"], row["metrics/recall"] = result.precision, result.recall
-        row["metrics/mAP_0.5"], row["metrics/mAP_0.5:0.95"] = result.map50, result.map50_95
-        for name, value in zip(LOSS_NAMES, result.losses, strict=True):
-            row[f"val/{name}_loss"] = value
-        line += f", mAP@.5 {result.map50:.4f}, mAP@.5:.95 {result.map50_95:.4f}"
-    for group in run.optimizer.param_groups:
-        row[f"lr/{group['kind']}"] = group["lr"]
-    if run.penalty is not None:
-        run.gammas.append(gamma_statistics(run.ema.model, run.penalty.shortcut))
-        row["sparsity_rate"] = run.penalty.rate(epoch)
-        row.update(run.gammas[-1].as_row())
-        row["gamma/let_go"] = run.penalty.share_let_go
-        line += (
-            f", |gamma| median {row['gamma/q50']:.4f}, below 0.01 {row['gamma/below_1e-2']:.1%}, "
-            f"suggested percent {row['gamma/suggested_percent']:.3f}"
-        )
-        if epoch % GAMMA_PICTURE_EPOCHS == 0:
-            plot_gammas(run)
-    results.append(epoch, row)
-    if run.board is not None:
-        show_on_board(run, run.board, epoch, row)
-    LOGGER.info(line)
-    if run.penalty is not None and epoch == run.first_epoch:
-        log_forecast(run, run.penalty, epoch + 1)
-
-
-def show_on_board(run: Run, board: Board, epoch: int, row: Mapping[str, float]) -> None:
-    """The row of an epoch, the gammas, and after the first epoch what the network sees."""
-    board.add_figures(row, epoch)
-    if run.penalty is not None:
-        batchnorms = prunable_batchnorms(run.ema.model, run.penalty.shortcut)
-        board.add_gammas({path: bn.weight for path, bn in batchnorms.items()}, epoch)
-    if epoch == run.first_epoch:
-        board.add_pictures(sorted(run.dir.glob("*.jpg")), epoch)
-
-
-def is_verdict_due(options: argparse.Namespace, epoch: int, is_last: bool) -> bool:
-    """After each quarter of a sparse run and at its end; it takes half a dozen evaluations."""
-    quarters = [4 * done // options.epochs for done in (epoch, epoch + 1)]
-    return is_last or (not options.noval and quarters[0] < quarters[1])
-
-
-def give_verdict(
-    run: Run,
-    penalty: SparsityPenalty,
-    train_loader: Loader,
-    val_loader: Loader,
-    epoch: int,
-    history: History,
-) -> None:
-    """Say how much can go by now; no advice is worth a run."""
-    train_loader.set_epoch(epoch)
-    so_far = dataclasses.replace(history, epochs_done=epoch + 1)
-    try:
-        with torch.random.fork_rng([]):  # a run that is killed here is resumed without it
-            LOGGER.info("%s", judge_network(run, penalty, train_loader, val_loader, so_far))
-    except Stopped:  # all is saved, and the next batch sees the request
-        LOGGER.warning("warning: no verdict on the sparse network: asked to stop")
-    except (RuntimeError, ValueError) as error:
-        LOGGER.warning("warning: no verdict on the sparse network: %s", error)
-
-
-def judge_network(
-    run: Run, penalty: SparsityPenalty, train_loader: Loader, val_loader: Loader, history: History
-) -> str:
-    """Cut the averaged network as prune.py would, and measure it.
-
-    Raises:
-        Stopped: the program was asked to end.
-    """
-    model = copy.deepcopy(run.ema.model)
-    seen = (batch.images for batch in sample_batches(train_loader, VERDICT_TRAIN_IMAGES))
-    parts = (part for images in seen for part in images.split(VERDICT_BATCH))
-    batches = (part.to(run.device).float() / 255 for part in parts)
-    groups = find_channel_groups(model, penalty.shortcut)
-    statistics = measure_inputs(model, groups, run.stop.watch(batches))
-    run.stop.check()
-    pruner = build_pruner(
-        model,
-        run.imgsz,
-        shortcut=penalty.shortcut,
-        importance=DEFAULT_IMPORTANCE,
-        compensation="linear",
-        statistics=statistics,
-    )
-    sample = sample_batches(val_loader, VERDICT_IMAGES)
-
-    def score(network: Model) -> float:
-        fused = copy.deepcopy(network).eval().fuse()
-        single_cls = run.options.single_cls
-        watched = run.stop.watch(sample)
-        result = evaluate(
-            fused, watched, run.names, device=run.device, single_cls=single_cls, progress=False
-        )
-        run.stop.check()
-        return result.map50
-
-    verdict = describe_readiness(measure_readiness(pruner, score), history)
-    return f"{verdict} (on {sum(len(batch.images) for batch in sample)} validation images)"
-
-
-def log_forecast(run: Run, penalty: SparsityPenalty, first_epoch: int) -> None:
-    """Say how sparse the rest of the run can become; more is known after its first epoch."""
-    if penalty.is_released:
-        LOGGER.info("enough gammas are near 0; the others have been let go")
-        return
-    forecast = Forecast(
-        run.plan.rest(first_epoch),
-        penalty.sparsity_rate,
-        median_gamma(penalty.batchnorms.values()),
-        penalty.noise.sigma().item() or None,
-    )
-    for remark in forecast.remarks():
-        LOGGER.log(logging.WARNING if remark.is_warning else logging.INFO, remark.text)
-
-
-def plot_gammas(run: Run) -> None:
-    """`bn_gamma.png`: the distribution of |gamma| over the epochs, overall and per layer."""
-    draw(
-        plot_gamma_history,
-        list(range(len(run.gammas))),
-        [statistics.percentiles for statistics in run.gammas],
-        {name: [row.layers[name] for row in run.gammas] for name in run.gammas[0].layers},
-        run.dir / "bn_gamma.png",
-    )
-
-
-def judge_epoch(run: Run, epoch: int, result: EvaluationResult | None) -> tuple[bool, bool]:
-    """Whether the epoch is the best so far, and the last; the same answer in all processes."""
-    options, is_best = run.options, False
-    if result is not None:
-        run.class_maps = np.full(len(run.names), result.map50_95)
-        run.class_maps[result.ap_result.classes] = result.ap_result.ap50_95
-        is_best = result.fitness > run.best_fitness
-        if is_best:
-            run.best_fitness, run.best_epoch = result.fitness, epoch
-        run.best = max(run.best, Best(result.map50, f"in epoch {epoch}"))
-    stop = 0 < options.patience <= epoch - run.best_epoch and not options.noval
-    if devices.world_size() > 1:
-        shared = torch.tensor([float(stop), *run.class_maps], device=run.device)
-        torch.distributed.broadcast(shared, 0)
-        stop, run.class_maps = bool(shared[0]), shared[1:].double().cpu().numpy()
-    if stop:
-        LOGGER.info("no gain for %d epochs (best: %d): the end", options.patience, run.best_epoch)
-    return is_best, stop or epoch == options.epochs - 1
-
-
-def save_epoch(
-    run: Run, epoch: int, result: EvaluationResult | None, is_best: bool, is_last: bool
-) -> None:
-    """Write best.pt when it is, the kept epochs, and last, as it vouches for them, last.pt."""
-    options = run.options
-    if options.nosave and not is_last:
-        return
-    content = checkpoint_content(run, epoch, result)
-    weights = run.ema.model.state_dict()
-    folder = run.dir / "weights"
-    if is_best:
-        save_final(folder / "best.pt", content, weights)
-    if options.save_period > 0 and (epoch + 1) % options.save_period == 0:
-        save_final(folder / f"epoch{epoch}.pt", content, weights)
-    save_checkpoint(
-        folder / "last.pt", {**content, "training": training_state(run, epoch, is_last)}
-    )
-    run.saved_at = time.monotonic()
-
-
-def save_position(run: Run, epoch: int) -> None:
-    """Write last.pt in the middle of an epoch, as it was after the last optimizer step."""
-    forget_pending(run)
-    run.saved_at = time.monotonic()
-    loss_sums = ranks.add_up(run.loss_sums)
-    if devices.rank() == 0:
-        content = checkpoint_content(run, epoch - 1, None)
-        state = training_state(run, epoch - 1, is_last=False) | {"loss_sums": loss_sums.tolist()}
-        save_checkpoint(run.dir / "weights/last.pt", {**content, "training": state})
-
-
-def checkpoint_content(run: Run, epoch: int, result: EvaluationResult | None) -> dict[str, Any]:
-    """The averaged network and where it comes from."""
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(run.options).items()}
-    return build_checkpoint(
-        run.ema.model,
-        run.names,
-        epoch=epoch,
-        fitness=None if result is None else result.fitness,
-        history=tell_history(run, result).as_content(),
-        options=options,
-        hyp=run.hyp.to_dict(),
-        imgsz=run.imgsz,
-    )
-
-
-def tell_history(run: Run, result: EvaluationResult | None) -> History:
-    """What the verdict on the network must know of its training."""
-    return History(
-        vars(run.options),
-        None if result is None else result.map50,
-        run.best,
-        run.penalty is not None and run.penalty.is_released,
-    )
-
-
-def finish(run: Run, seconds: float) -> None:
-    """Strip last.pt, draw the curves, and say where things are."""
-    last, best = run.dir / "weights/last.pt", run.dir / "weights/best.pt"
-    content = load_checkpoint(last)
-    save_final(last, content, content["model"])
-    draw(plot_results, run.dir / "results.csv", run.dir / "results.png")
-    if run.gammas:
-        plot_gammas(run)
-    if run.board is not None:
-        run.board.add_pictures(sorted(run.dir.glob("*.png")), run.options.epochs)
-        run.board.close()
-    LOGGER.info("%.1f minutes; results in %s", seconds / 60, run.dir)
-    for path in (best, last):
-        if path.is_file():
-            LOGGER.info("%s, %.1f MB", path, path.stat().st_size / 1e6)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import train
 from benchmarks import harness
 from benchmarks.training import InMemory, build_ours, build_parser, our_epoch
 from utils.command import run_command
 from utils.dataset import Batch
 from utils.device import select_device
 from utils.profile import count_gflops, synchronize
+from utils.training.run import Run
 
 CONVOLUTIONS = ((64, 80), (128, 40), (256, 40), (256, 20), (512, 20))  # channels, side
 MIN_SECONDS = 0.2  # a measurement of the peak
@@ -81,7 +81,7 @@ def _short(precision: torch.dtype) -> str:
     return str(precision).removeprefix("torch.")
 
 
-def synthetic_steps(run: train.Run, batch: int) -> InMemory:
+def synthetic_steps(run: Run, batch: int) -> InMemory:
     """Noise with boxes, as batches in memory."""
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(256, (batch, 3, run.imgsz, run.imgsz), dtype=torch.uint8, generator=rng)
@@ -126,7 +126,7 @@ def fastest_convolution(precision: torch.dtype, device: torch.device) -> Convolu
 
 
 # ------------------------------------------------------------------------------------- the profile
-def profile_steps(run: train.Run, batches: InMemory, device: torch.device) -> str:
+def profile_steps(run: Run, batches: InMemory, device: torch.device) -> str:
     """Milliseconds of a step by kind of operation; labels the parts of `run`."""
     run.loss = _labelled("loss", run.loss)
     run.ema.update = _labelled("EMA", run.ema.update)

@@ -26,6 +26,10 @@ from models import Model
 from utils.command import run_command
 from utils.dataset import Batch, Loader, round_imgsz
 from utils.device import select_device, select_precision
+from utils.training.inputs import Inputs, find_inputs
+from utils.training.loaders import build_loaders, scan_splits
+from utils.training.networks import build_network
+from utils.training.run import Run, build_run, loss_settings
 
 NUM_BATCHES = 4  # in memory, for the step alone
 
@@ -91,14 +95,14 @@ class InMemory(list[Batch]):
 
 def _prepare(
     options: argparse.Namespace, size: str
-) -> tuple[argparse.Namespace, train.Inputs, torch.device, Model, int]:
+) -> tuple[argparse.Namespace, Inputs, torch.device, Model, int]:
     """Options of train.py, what it finds, and a network with the image size that suits it."""
     argv = ["--cfg", f"yolov5{size}.yaml", "--nominal-batch", str(options.batch)]
     names = ("data", "weights", "hyp", "img", "batch", "optimizer", "workers", "device")
     flags, _ = train.parse_args([*argv, *harness.format_flags(options, names)])
-    inputs = train.find_inputs(flags, None)
+    inputs = find_inputs(flags, None)
     torch.manual_seed(0)
-    model = train.build_network(inputs, flags)
+    model = build_network(inputs, flags)
     return (
         flags,
         inputs,
@@ -108,13 +112,13 @@ def _prepare(
     )
 
 
-def build_ours(options: argparse.Namespace, size: str) -> tuple[train.Run, Loader]:
+def build_ours(options: argparse.Namespace, size: str) -> tuple[Run, Loader]:
     """A training run and its loader as train.py builds them."""
     flags, inputs, device, model, imgsz = _prepare(options, size)
-    splits = train.scan_splits(inputs.data, flags)
-    loader, _ = train.build_loaders(flags, inputs.hyp, *splits, imgsz, model.max_stride)
+    splits = scan_splits(inputs.data, flags)
+    loader, _ = build_loaders(flags, inputs.hyp, *splits, imgsz, model.max_stride)
     precision = select_precision(flags.amp, device)
-    run = train.build_run(flags, inputs, model, imgsz, device, precision, len(loader), Path())
+    run = build_run(flags, inputs, model, imgsz, device, precision, len(loader), Path())
     return run, loader
 
 
@@ -123,14 +127,14 @@ def build_plain(
 ) -> tuple[plain.PlainTraining, DataLoader[Any]]:
     """The textbook training of the same network on the same images."""
     flags, inputs, device, model, imgsz = _prepare(options, size)
-    split, _ = train.scan_splits(inputs.data, flags)
+    split, _ = scan_splits(inputs.data, flags)
     dataset = plain.PlainDataset(split, imgsz, inputs.hyp)
     loader = plain.build_loader(dataset, options.batch, harness.count_plain_workers(options))
-    settings = train.loss_settings(inputs.hyp, model, imgsz)
+    settings = loss_settings(inputs.hyp, model, imgsz)
     return plain.PlainTraining(model, settings, inputs.hyp, options.optimizer, device), loader
 
 
-def our_epoch(run: train.Run, batches: Loader | InMemory) -> Callable[[], None]:
+def our_epoch(run: Run, batches: Loader | InMemory) -> Callable[[], None]:
     """One pass as train.py does it; a new epoch at each call, from 1, as 0 draws pictures."""
     epochs = itertools.count(1)
 

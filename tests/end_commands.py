@@ -26,6 +26,7 @@ import torch
 import train
 import val
 from utils.command import run_command
+from utils.training import report
 
 # By itself, by a mistake of ours, and by signals to the process, or as a terminal to all of them.
 CASES = [
@@ -96,7 +97,7 @@ def start(case: tuple[str, str], flags: dict[str, Any]) -> tuple[int, int]:
 
         return call
 
-    train.draw = val.draw = lambda *_, **__: None
+    report.draw = val.draw = lambda *_, **__: None
     train.optimizer_step = interfere(train.optimizer_step)
     val.BatchSaver.__call__ = interfere(val.BatchSaver.__call__)
     epochs = ["--epochs", "1" if how == "end" else "1000"] if command == "train" else []

@@ -32,9 +32,12 @@ import yaml
 
 import train
 from utils.checkpoint import load_checkpoint, load_detector
+from utils.training import report, saving
+from utils.training.run import Run
 
 # What the training is doing, for the process that kills it.
 PHASES = ("start", "train_one_epoch", "validate", "log_epoch", "save_checkpoint", "finish")
+CALLERS = {"save_checkpoint": saving}  # of the others: train.py
 CAUSES = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 KINDS = {
     "dense": ["--optimizer", "SGD"],
@@ -156,14 +159,14 @@ def start(argv: list[str], output: int, phase: mmap.mmap, reader: int | None = N
         tell(name, number, phase)
     finish = train.finish
 
-    def keep_state_and_finish(run: train.Run, seconds: float) -> None:
+    def keep_state_and_finish(run: Run, seconds: float) -> None:
         last = run.dir / "weights/last.pt"
         if "training" in load_checkpoint(last):  # not again after a kill within `finish`
             shutil.copy(last, run.dir / "state.pt")
         finish(run, seconds)
 
     train.finish = keep_state_and_finish
-    train.draw = lambda *_: None  # most of the time, and no picture is worth it
+    report.draw = lambda *_: None  # most of the time, and no picture is worth it
     code = 1
     try:
         train.main(argv)
@@ -183,8 +186,9 @@ def start(argv: list[str], output: int, phase: mmap.mmap, reader: int | None = N
 
 
 def tell(name: str, number: int, phase: mmap.mmap) -> None:
-    """Let a function of train.py say when it is at work."""
-    original = getattr(train, name)
+    """Let a function say when it is at work."""
+    caller = CALLERS.get(name, train)
+    original = getattr(caller, name)
 
     def call(*arguments: object) -> object:
         before, phase[0] = phase[0], number
@@ -192,7 +196,7 @@ def tell(name: str, number: int, phase: mmap.mmap) -> None:
         phase[0] = before
         return result
 
-    setattr(train, name, call)
+    setattr(caller, name, call)
 
 
 def kill(

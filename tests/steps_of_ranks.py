@@ -23,6 +23,8 @@ import train
 from utils import ranks
 from utils.command import run_command
 from utils.device import rank
+from utils.training import report
+from utils.training.run import Run
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -96,7 +98,7 @@ def keep_statistics() -> None:
         m for m in model.modules() if isinstance(m, nn.BatchNorm2d)
     ]
     for name in ("plot_results", "plot_labels", "plot_batch", "plot_gamma_history"):
-        setattr(train, name, lambda *_: None)
+        setattr(report, name, lambda *_: None)
 
 
 def steps_of(argv: list[str]) -> list[dict]:
@@ -104,7 +106,7 @@ def steps_of(argv: list[str]) -> list[dict]:
     steps: list[dict] = []
     optimizer_step = train.optimizer_step
 
-    def step(run: train.Run, epoch: int, norm: torch.Tensor) -> None:
+    def step(run: Run, epoch: int, norm: torch.Tensor) -> None:
         gradients = torch.cat([p.grad.flatten() for p in run.model.parameters()])
         optimizer_step(run, epoch, norm)
         gammas = {} if run.penalty is None else run.penalty.batchnorms

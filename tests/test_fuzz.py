@@ -512,7 +512,7 @@ def put_odd(part, way, value) -> None:
 
 def test_runs_to_be_resumed(tiny_spec, tiny_dataset, tmp_path, monkeypatch):
     """Resumed for an epoch, or told what is damaged: a state that is odd may well be a good one."""
-    monkeypatch.setattr(train, "draw", lambda *_: None)
+    monkeypatch.setattr("utils.training.report.draw", lambda *_: None)
     monkeypatch.setattr(train, "finish", lambda *_: None)
     monkeypatch.setattr(train, "give_verdict", lambda *_: None)
     cfg = tmp_path / "tiny.yaml"

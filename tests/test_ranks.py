@@ -18,11 +18,14 @@ import torch
 import yaml
 from torch import nn
 
-import train
 from models import Model, ModelSpec
 from utils.checkpoint import build_checkpoint, load_checkpoint, save_checkpoint
+from utils.flags.train import parse_args
 from utils.launch import launch
+from utils.optim import ModelEma
 from utils.pruning.slimming import SparsityPenalty
+from utils.training.inputs import check_processes
+from utils.training.loaders import check_images_are_here
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = [sys.executable, "-m", "tests.steps_of_ranks"]
@@ -84,13 +87,13 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch, case):
     flags, words = REFUSED[case]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=words):
-        train.check_processes(train.parse_args(flags)[0], torch.device("cpu"))
+        check_processes(parse_args(flags)[0], torch.device("cpu"))
 
 
 def test_an_image_that_another_machine_lacks_is_named(tmp_path):
     split = SimpleNamespace(paths=(str(tmp_path / "a.jpg"),))
     with pytest.raises(FileNotFoundError, match=r"a\.jpg: not on .*; all machines must have"):
-        train.check_images_are_here(split)
+        check_images_are_here(split)
 
 
 def test_synchronised_norms_are_penalised_folded_and_counted_like_others(tiny_spec):
@@ -102,7 +105,7 @@ def test_synchronised_norms_are_penalised_folded_and_counted_like_others(tiny_sp
         for model in (plain, synchronised)
     ]
     assert torch.equal(*weights)
-    plain, synchronised = (train.ModelEma(model).model.fuse() for model in (plain, synchronised))
+    plain, synchronised = (ModelEma(model).model.fuse() for model in (plain, synchronised))
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
     images = torch.rand(1, 3, 64, 64)
     torch.testing.assert_close(synchronised(images)[0], plain(images)[0])

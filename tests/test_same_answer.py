@@ -61,8 +61,8 @@ KINDS = {
 @pytest.fixture
 def _quick(monkeypatch):
     """Leave out what takes most of the time and has tests of its own."""
-    for name in ("draw", "give_verdict"):
-        monkeypatch.setattr(train, name, lambda *_: None)
+    for name in ("utils.training.report.draw", "train.give_verdict"):
+        monkeypatch.setattr(name, lambda *_: None)
 
 
 @pytest.mark.usefixtures("_quick")
@@ -86,7 +86,12 @@ def test_another_seed_gives_other_weights(train_flags, tmp_path):
 def test_another_process_gives_the_same_weights(train_flags, tmp_path, pytestconfig):
     """It has another order of sets."""
     flags = [*train_flags, "--amp", "off", *SPARSE, "--epochs", "1"]
-    program = "import sys, train; train.draw = train.give_verdict = print; train.main(sys.argv[1:])"
+    program = """
+import sys, train
+from utils.training import report
+report.draw = train.give_verdict = print
+train.main(sys.argv[1:])
+"""
     processes = []
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "2"}

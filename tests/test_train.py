@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import math
 import os
+import pkgutil
 import re
 import signal
 import socket
@@ -20,16 +21,24 @@ import yaml
 
 import train
 from models import Model, ModelSpec
+from utils import device as devices
 from utils import plots, ranks
 from utils.checkpoint import build_checkpoint, load_checkpoint, load_detector, save_checkpoint
 from utils.config import load_hyperparameters
+from utils.evaluate import EvaluationResult, evaluate
 from utils.evolve import read_history
-from utils.loss import DetectionLoss
-from utils.optim import build_optimizer
+from utils.loss import DetectionLoss, LossSettings
+from utils.optim import ModelEma, Schedule, build_optimizer
 from utils.pruning import slimming
 from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorms
 from utils.pruning.verdict import History
 from utils.resume import newest_unfinished
+from utils.training import rehearsal, report, saving
+from utils.training.run import Run
+from utils.training.saving import save_position
+from utils.training.sparsity import give_verdict, is_verdict_due
+from utils.training.step import MAX_GRADIENT_NORM, clip_gradients, compute_loss, optimizer_step
+from utils.training.validation import validate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +48,7 @@ def pictures(request, monkeypatch):
     """Drawing takes longer than these runs; only tests that ask for `draws` do it."""
     if "draws" not in request.fixturenames:
         for name in ("plot_results", "plot_labels", "plot_batch", "plot_gamma_history"):
-            monkeypatch.setattr(train, name, lambda *_: None)
+            monkeypatch.setattr(report, name, lambda *_: None)
 
 
 @pytest.fixture
@@ -167,7 +176,7 @@ def test_resumed_run_equals_the_uninterrupted_one(base, tmp_path, monkeypatch, c
 
 def test_a_resumed_run_goes_on_with_its_scale_of_losses(base, tmp_path, monkeypatch):
     """float16 is for GPUs, but a CPU can do it; 2.0 ** 16 halves where a gradient overflows."""
-    monkeypatch.setattr(train.devices, "select_precision", lambda *_: torch.float16)
+    monkeypatch.setattr(devices, "select_precision", lambda *_: torch.float16)
     monkeypatch.setattr(train, "finish", lambda *_: None)
     flags = [*base, "--epochs", "2", "--noval"]
     train.main([*flags, "--name", "whole"])
@@ -179,17 +188,20 @@ def test_a_resumed_run_goes_on_with_its_scale_of_losses(base, tmp_path, monkeypa
     assert_same_state(*(load_checkpoint(path)["training"] for path in (parts, whole)))
 
 
-def signal_self_at_call(monkeypatch, name, number, cause):
-    """Ask the process to end while train.py is in the call of that number of one of its parts."""
-    original, calls = getattr(train, name), []
+def signal_self_at_call(monkeypatch, part, number, cause):
+    """Ask the process to end in the call of that number of `part`.
+
+    That is the dotted name of a function in the module that calls it.
+    """
+    original, calls = pkgutil.resolve_name(part), []
 
     def call(*arguments, **settings):
-        calls.append(name)
+        calls.append(part)
         if len(calls) == number:
             os.kill(os.getpid(), cause)
         return original(*arguments, **settings)
 
-    monkeypatch.setattr(train, name, call)
+    monkeypatch.setattr(part, call)
 
 
 def assert_same_state(a, b, where="training"):
@@ -210,38 +222,39 @@ def assert_same_state(a, b, where="training"):
 
 # The call in which the signal comes, and after how many of its 4 batches the epoch is left.
 STOPS = {
-    "first step": ("optimizer_step", 1, signal.SIGTERM, ("dense", 0, 2)),
-    "within an accumulation": ("compute_loss", 7, signal.SIGINT, ("sparse", 1, 2)),
-    "verdict": ("measure_readiness", 1, signal.SIGTERM, ("sparse", 1, 0)),
-    "validation": ("validate", 2, signal.SIGTERM, ("sparse", 1, 4)),
-    "checkpoint": ("save_epoch", 2, signal.SIGHUP, ("dense", 2, 0)),
+    "first step": ("train.optimizer_step", 1, signal.SIGTERM, ("dense", 0, 2)),
+    "within an accumulation": ("train.compute_loss", 7, signal.SIGINT, ("sparse", 1, 2)),
+    "verdict": ("utils.training.sparsity.measure_readiness", 1, signal.SIGTERM, ("sparse", 1, 0)),
+    "validation": ("train.validate", 2, signal.SIGTERM, ("sparse", 1, 4)),
+    "checkpoint": ("train.save_epoch", 2, signal.SIGHUP, ("dense", 2, 0)),
 }
 
 
 @pytest.fixture(scope="module")
-def whole_states():
-    """The last training state of runs that nothing has interrupted, by kind."""
+def whole_runs():
+    """Last training state and results of runs that nothing has interrupted, by kind."""
     return {}
 
 
-def whole_state(known, kind, flags, tmp_path):
-    """The last state of that run, which is trained where no test has done so yet."""
+def whole_run(known, kind, flags, tmp_path):
+    """State and results of that run, which is trained where no test has done so yet."""
     if kind not in known:
         train.main([*flags, "--name", "whole"])
-        known[kind] = load_checkpoint(tmp_path / "runs/whole/weights/last.pt")["training"]
+        folder = tmp_path / "runs/whole"
+        known[kind] = load_checkpoint(folder / "weights/last.pt")["training"], results_of(folder)
     return known[kind]
 
 
 @pytest.mark.parametrize("case", STOPS)
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
-    base, tmp_path, monkeypatch, caplog, whole_states, case
+    base, tmp_path, monkeypatch, caplog, whole_runs, case
 ):
     part, number, cause, (kind, epoch, batches) = STOPS[case]
     caplog.set_level("INFO")
     monkeypatch.setattr(train, "finish", lambda *_: None)  # it strips the state
     flags = [*base, "--epochs", "3", "--batch", "1", "--nominal-batch", "2", "--optimizer", "AdamW"]
     flags += ["--bn_sparsity", "--sparsity_rate", "auto"] if kind == "sparse" else []
-    whole = whole_state(whole_states, kind, flags, tmp_path)
+    whole, rows = whole_run(whole_runs, kind, flags, tmp_path)
     with monkeypatch.context() as patched:
         signal_self_at_call(patched, part, number, cause)
         with pytest.raises(SystemExit) as stopped:
@@ -257,7 +270,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     state = load_checkpoint(parts / "weights/last.pt")["training"]
     assert state["epoch"] == 2
     assert_same_state(state, whole)
-    assert [row["epoch"] for row in results_of(parts)] == ["0", "1", "2"]
+    assert results_of(parts) == rows
 
 
 def test_a_run_whose_output_nobody_reads_any_more_goes_on(base, tmp_path, monkeypatch):
@@ -267,14 +280,14 @@ def test_a_run_whose_output_nobody_reads_any_more_goes_on(base, tmp_path, monkey
     with os.fdopen(writer, "w") as stream, monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", stream)
         patched.setattr(sys, "stderr", stream)
-        signal_self_at_call(patched, "compute_loss", 3, signal.SIGINT)
+        signal_self_at_call(patched, "train.compute_loss", 3, signal.SIGINT)
         with pytest.raises(SystemExit) as stopped:
             train.main([*base, "--epochs", "2"])
     assert stopped.value.code == 130
     assert load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["training"]["epoch"] == 0
 
 
-def test_what_is_saved_now_and_then_is_as_good(base, tmp_path, monkeypatch, whole_states):
+def test_what_is_saved_now_and_then_is_as_good(base, tmp_path, monkeypatch, whole_runs):
     """Between two steps of a long epoch, for a kill or a power cut; training goes on from there."""
     saved = []
 
@@ -284,34 +297,80 @@ def test_what_is_saved_now_and_then_is_as_good(base, tmp_path, monkeypatch, whol
         if saved[-1] == (1, 2):
             raise Interrupted
 
-    save_position = train.save_position
     monkeypatch.setattr(train, "finish", lambda *_: None)  # it strips the state
     flags = [*base, "--epochs", "3", "--batch", "1", "--nominal-batch", "2", "--optimizer", "AdamW"]
     with monkeypatch.context() as patched:
-        patched.setattr(train, "SAVE_SECONDS", -1)
+        patched.setattr(saving, "SAVE_SECONDS", -1)
         patched.setattr(train, "save_position", save_and_count)
         with pytest.raises(Interrupted):
             train.main([*flags, "--name", "parts"])
     assert saved == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 2)]  # warm-up: steps of 1, then 2
     train.main(["--resume", str(tmp_path / "runs/parts")])
     state = load_checkpoint(tmp_path / "runs/parts/weights/last.pt")["training"]
-    assert_same_state(state, whole_state(whole_states, "dense", flags, tmp_path))
+    assert_same_state(state, whole_run(whole_runs, "dense", flags, tmp_path)[0])
 
 
 def test_what_is_saved_now_and_then_beside_a_gpu(base, tmp_path, monkeypatch):
     """It is looked at every tenth batch, when a step may be pending; here every other one."""
     saved = []
     monkeypatch.setattr(train, "is_look_due", lambda _, index: index % 2 == 0)
-    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(saving, "SAVE_SECONDS", -1)
     monkeypatch.setattr(
         train, "save_position", lambda run, epoch: saved.append((epoch, run.batches))
     )
-    monkeypatch.setattr(train.Schedule, "accumulation", lambda *_: 2)
+    monkeypatch.setattr(Schedule, "accumulation", lambda *_: 2)
     train.main([*base, "--epochs", "1", "--batch", "1"])
     assert saved == [(0, 0), (0, 2), (0, 4)]  # the first before anything
 
 
-def test_nothing_is_lost_with_a_loader(base, tmp_path, monkeypatch, whole_states):
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_a_kill_within_a_long_validation_costs_no_training(
+    base, tmp_path, monkeypatch, whole_runs, kind
+):
+    """The network is saved before it; here each is long, which the first epoch cannot know."""
+
+    def save_and_note(run, epoch):
+        save_position(run, epoch)
+        saved.append((epoch, run.batches))
+
+    def validate_once(run, loader, epoch):
+        if epoch == 1:
+            raise Interrupted
+        return validate(run, loader, epoch)
+
+    def step_and_note(run, epoch, norm):
+        optimizer_step(run, epoch, norm)
+        stepped.append(epoch)
+
+    saved, stepped = [], []
+    monkeypatch.setattr(saving, "LONG_VALIDATION", 0)
+    monkeypatch.setattr(train, "give_verdict", lambda *_: None)
+    monkeypatch.setattr(train, "finish", lambda *_: None)  # it strips the state
+    flags = [*base, "--epochs", "3", "--batch", "1", "--nominal-batch", "2", "--optimizer", "AdamW"]
+    flags += ["--bn_sparsity", "--sparsity_rate", "auto"] if kind == "sparse" else []
+    whole, rows = whole_run(whole_runs, kind, flags, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "save_position", save_and_note)
+        patched.setattr(train, "validate", validate_once)
+        with pytest.raises(Interrupted):
+            train.main([*flags, "--name", "parts"])
+    assert saved == [(0, 0), (1, 4)]
+    monkeypatch.setattr(train, "optimizer_step", step_and_note)
+    train.main(["--resume", str(tmp_path / "runs/parts")])
+    assert set(stepped) == {2}
+    parts = tmp_path / "runs/parts"
+    assert results_of(parts) == rows
+    assert_same_state(load_checkpoint(parts / "weights/last.pt")["training"], whole)
+
+
+def test_a_short_validation_asks_for_no_checkpoint(base, monkeypatch):
+    saved = []
+    monkeypatch.setattr(train, "save_position", lambda run, epoch: saved.append(epoch))
+    train.main([*base, "--epochs", "2"])
+    assert saved == [0]  # before anything
+
+
+def test_nothing_is_lost_with_a_loader(base, tmp_path, monkeypatch, whole_runs):
     """Its drive has gone, or a worker was killed, while a batch waited for its step."""
     to_device, calls = train.to_device, []
 
@@ -331,7 +390,7 @@ def test_nothing_is_lost_with_a_loader(base, tmp_path, monkeypatch, whole_states
     assert (state["epoch"], state["batches"]) == (0, 2)
     train.main(["--resume", str(last)])
     state = load_checkpoint(last)["training"]
-    assert_same_state(state, whole_state(whole_states, "dense", flags, tmp_path))
+    assert_same_state(state, whole_run(whole_runs, "dense", flags, tmp_path)[0])
 
 
 def test_a_worker_that_the_signal_has_ended_too_is_no_error(base, monkeypatch, caplog):
@@ -368,7 +427,7 @@ def test_a_run_killed_before_it_has_saved_anything_says_how_to_start_it(
     base, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patched:
-        patched.setattr(train, "save_checkpoint", lambda *_: (_ for _ in ()).throw(Interrupted))
+        patched.setattr(saving, "save_checkpoint", lambda *_: (_ for _ in ()).throw(Interrupted))
         with pytest.raises(Interrupted):
             train.main([*base, "--epochs", "1"])
     with pytest.raises(FileNotFoundError, match=r"saved anything; start it anew, .*exp/opt.yaml"):
@@ -413,14 +472,14 @@ def test_a_share_that_goes_while_training_says_how_to_go_on(
 
 def test_out_of_memory_names_the_batch_that_fits(base, tmp_path, monkeypatch):
     """On a made-up device that holds one image, also in the trials."""
-    compute_loss = train.compute_loss
 
     def compute(run, images, targets, **rest):
         if len(images) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return compute_loss(run, images, targets, **rest)
 
-    monkeypatch.setattr(train, "compute_loss", compute)
+    for caller in (train, rehearsal):
+        monkeypatch.setattr(caller, "compute_loss", compute)
     run = tmp_path / "runs/exp"
     words = rf"with --batch-size 4 at 64 px; python train.py --resume {run} --batch-size 1 fits"
     with pytest.raises(MemoryError, match=words):
@@ -433,7 +492,8 @@ def test_out_of_memory_with_one_image(base, monkeypatch):
     def compute(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train, "compute_loss", compute)
+    for caller in (train, rehearsal):
+        monkeypatch.setattr(caller, "compute_loss", compute)
     with pytest.raises(MemoryError, match="--batch-size 2 at 64 px; no smaller one fits either"):
         train.main([*base, "--epochs", "1"])
 
@@ -451,11 +511,11 @@ def test_batch_size_that_fits(base, tmp_path, monkeypatch):
         ("add_teacher", lambda *_: None),
         ("rehearse", rehearse),
     ):
-        monkeypatch.setattr(train, name, stand_in)
-    monkeypatch.setattr(train.devices, "limit_memory", lambda *_: contextlib.nullcontext())
+        monkeypatch.setattr(rehearsal, name, stand_in)
+    monkeypatch.setattr(devices, "limit_memory", lambda *_: contextlib.nullcontext())
     options, _ = train.parse_args(["--batch-size", "-1"])
     gpu = torch.device("cuda")
-    found = train.choose_batch_size(options, None, None, None, 640, gpu, torch.float32)
+    found = rehearsal.choose_batch_size(options, None, None, None, 640, gpu, torch.float32)
     assert found == 16
 
 
@@ -518,13 +578,10 @@ def test_a_sparse_run_says_how_much_can_go(base, caplog, monkeypatch):
     scored = []
 
     def score_by_size(network, batches, names, **settings):
-        if "loss_fn" in settings:  # the validation of an epoch
-            return real_evaluate(network, batches, names, **settings)
         scored.append(sum(network.widths().values()))
         return SimpleNamespace(map50=0.5 if scored[-1] > 0.5 * max(scored) else 0.2)
 
-    real_evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", score_by_size)
+    monkeypatch.setattr("utils.training.sparsity.evaluate", score_by_size)
     with caplog.at_level("INFO"):
         train.main([*base, "--epochs", "4", "--bn_sparsity", "--sparsity_rate", "0.01"])
     said = [line for line in caplog.messages if "ready to prune" in line]
@@ -536,14 +593,13 @@ def test_a_sparse_run_says_how_much_can_go(base, caplog, monkeypatch):
 
 def test_a_sparse_run_that_ruins_what_it_began_with_is_told(base, tmp_path, caplog, monkeypatch):
     """Measured by its own best epoch and by the starting weights, also when resumed."""
-    real_evaluate, scores = train.evaluate, iter((0.3, 0.7, 0.5, 0.2, 0.6))
+    scores = iter((0.3, 0.7, 0.5, 0.2, 0.6))
 
     def next_score(network, batches, names, **settings):
-        result = real_evaluate(network, batches, names, **settings)
-        map50 = next(scores) if "loss_fn" in settings else 0.5
-        return dataclasses.replace(result, map50=map50)
+        result = evaluate(network, batches, names, **settings)
+        return dataclasses.replace(result, map50=next(scores))
 
-    monkeypatch.setattr(train, "evaluate", next_score)
+    monkeypatch.setattr("utils.training.validation.evaluate", next_score)
     runs = tmp_path / "runs"
     train.main([*base, "--epochs", "2", "--name", "dense"])
     dense = runs / "dense/weights/last.pt"
@@ -561,17 +617,17 @@ def test_a_sparse_run_that_ruins_what_it_began_with_is_told(base, tmp_path, capl
 
 def test_the_verdict_leaves_no_trace_in_the_random_state(monkeypatch):
     """A run that is killed after saving an epoch, before its verdict, is resumed without it."""
-    monkeypatch.setattr(train, "judge_network", lambda *_: str(torch.rand(3)))
+    monkeypatch.setattr("utils.training.sparsity.judge_network", lambda *_: str(torch.rand(3)))
     before = torch.get_rng_state()
-    train.give_verdict(None, None, SimpleNamespace(set_epoch=lambda _: None), None, 3, History({}))
+    give_verdict(None, None, SimpleNamespace(set_epoch=lambda _: None), None, 3, History({}))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_when_the_verdict_is_due():
     options = train.parse_args(["--epochs", "10", "--bn_sparsity"])[0]
-    assert [e for e in range(10) if train.is_verdict_due(options, e, e == 9)] == [2, 4, 7, 9]
+    assert [e for e in range(10) if is_verdict_due(options, e, e == 9)] == [2, 4, 7, 9]
     options = train.parse_args(["--epochs", "10", "--bn_sparsity", "--noval"])[0]
-    assert [e for e in range(10) if train.is_verdict_due(options, e, e == 9)] == [9]
+    assert [e for e in range(10) if is_verdict_due(options, e, e == 9)] == [9]
 
 
 def test_channels_that_are_let_go_stay_so_in_a_resumed_run(base, tmp_path, monkeypatch, caplog):
@@ -639,10 +695,10 @@ def build_step_run(tiny_spec, precision_scale: float):
     torch.manual_seed(0)
     model = Model(ModelSpec.from_dict(tiny_spec))
     scaler = torch.amp.GradScaler("cpu", init_scale=precision_scale, enabled=precision_scale != 1)
-    run = train.Run(**dict.fromkeys(f.name for f in dataclasses.fields(train.Run)
+    run = Run(**dict.fromkeys(f.name for f in dataclasses.fields(Run)
                                     if f.default is dataclasses.MISSING
                                     and f.default_factory is dataclasses.MISSING))  # fmt: skip
-    run.model, run.scaler, run.ema = model, scaler, train.ModelEma(model)
+    run.model, run.scaler, run.ema = model, scaler, ModelEma(model)
     run.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     run.penalty = SparsityPenalty(model, 0.01, 10)
     return run
@@ -656,7 +712,7 @@ def test_rate_means_the_same_with_loss_scaling_and_accumulation(tiny_spec, scale
     for _ in range(micro_batches):
         zero = sum((p * 0).sum() for p in run.model.parameters())
         run.scaler.scale(zero).backward()
-    train.optimizer_step(run, 0, train.clip_gradients(run))
+    optimizer_step(run, 0, clip_gradients(run))
     for name, norm in run.penalty.batchnorms.items():
         torch.testing.assert_close(norm.weight.detach(), before[name] - 0.1 * 0.01)
 
@@ -675,7 +731,7 @@ def take_steps_without_loss(run, micro_batches, lrs):
             run.scaler.scale(sum((p * 0).sum() for p in run.model.parameters())).backward()
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        train.optimizer_step(run, epoch, train.clip_gradients(run))
+        optimizer_step(run, epoch, clip_gradients(run))
     return torch.cat([bn.weight.detach() for bn in run.penalty.batchnorms.values()])
 
 
@@ -700,7 +756,7 @@ def test_the_average_takes_over_exact_zeros_alone(tiny_spec):
     run = build_proximal_run(tiny_spec, rate=1.0)
     bn = run.penalty.batchnorms["0"]
     bn.weight.data = torch.tensor([0.05, -0.05, 0.3, 1.0]).repeat(2)
-    run.ema = train.ModelEma(run.model)
+    run.ema = ModelEma(run.model)
     before = run.ema.model.model[0].bn.weight.clone()
     take_steps_without_loss(run, 1, [0.1])
     averaged = run.ema.model.model[0].bn.weight
@@ -716,7 +772,7 @@ def test_a_step_that_the_scaler_leaves_out_shrinks_nothing(tiny_spec):
     for parameter in run.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     run.model.model[0].conv.weight.grad[0] = float("inf")
-    train.optimizer_step(run, 1, train.clip_gradients(run))
+    optimizer_step(run, 1, clip_gradients(run))
     assert run.scaler.get_scale() == 65536 / 2  # it was left out
     after = torch.cat([bn.weight.detach() for bn in run.penalty.batchnorms.values()])
     assert torch.equal(before, after)
@@ -736,7 +792,7 @@ def train_in_two(rank, tiny_spec, folder, mode, rate, port):
         torch.manual_seed(rank)
         for _ in range(3):
             sum(logits.square().mean() for logits in network(torch.rand(2, 3, 64, 64))).backward()
-            train.optimizer_step(run, 0, train.clip_gradients(run))
+            optimizer_step(run, 0, clip_gradients(run))
         gammas = torch.cat([bn.weight.detach() for bn in run.penalty.batchnorms.values()])
         averaged = copy.deepcopy(run.model)
         list(prunable_batchnorms(averaged).values())[-rank].weight.data.zero_()  # another layer
@@ -770,7 +826,7 @@ def test_loss_falls_on_one_batch(tiny_spec):
     model = Model(ModelSpec.from_dict(tiny_spec)).train()
     images = torch.rand(2, 3, 64, 64)
     targets = torch.tensor([[0, 1, 0.5, 0.5, 0.3, 0.4], [1, 2, 0.3, 0.6, 0.5, 0.2]])
-    loss_fn = DetectionLoss(model.head.anchors, train.LossSettings(box=0.05, obj=1, cls=0.5))
+    loss_fn = DetectionLoss(model.head.anchors, LossSettings(box=0.05, obj=1, cls=0.5))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses = []
     for _ in range(30):
@@ -856,6 +912,27 @@ def test_teacher_stays_as_it_is_and_gets_no_gradient(base, teacher, monkeypatch)
     assert_same_weights(before, run.teacher.state_dict())
     assert not run.teacher.training
     assert not any(p.requires_grad or p.grad is not None for p in run.teacher.parameters())
+
+
+def test_a_teacher_is_read_once_and_what_it_has_reached_is_known(
+    base, teacher, tmp_path, monkeypatch
+):
+    """A sparse training is measured by it."""
+    options = {"data": base[base.index("--data") + 1], "imgsz": 64, "single_cls": False}
+    content = {"options": options, "history": History(options, 0.75).as_content()}
+    save_checkpoint(teacher, load_checkpoint(teacher) | content)
+    read = []
+
+    def load_and_count(path):
+        read.append(path)
+        return load_detector(path)
+
+    for module in ("networks", "inputs"):
+        monkeypatch.setattr(f"utils.training.{module}.load_detector", load_and_count)
+    train.main([*base, "--epochs", "1", "--teacher", str(teacher), "--bn_sparsity", "--noval"])
+    assert read == [teacher]
+    history = load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["history"]
+    assert (history["best_map50"], history["best_source"]) == (0.75, "of the teacher")
 
 
 def test_teacher_of_other_anchors_is_told(base, teacher, tmp_path, caplog):
@@ -987,7 +1064,7 @@ def test_pruned_yaml_trains_from_scratch(base, slim_weights, tmp_path):
 
 
 def test_early_stopping(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.EvaluationResult, "fitness", property(lambda _: 0.5))
+    monkeypatch.setattr(EvaluationResult, "fitness", property(lambda _: 0.5))
     train.main([*base, "--epochs", "9", "--patience", "2"])
     assert len(results_of(tmp_path / "runs/exp")) == 3
 
@@ -1001,9 +1078,9 @@ def test_the_first_step_does_not_wait_for_pictures(base, monkeypatch):
         original(*args)
 
     monkeypatch.setattr(train, "optimizer_step", step)
-    monkeypatch.setattr(train, "draw", lambda function, *_: done.append(function.__name__))
+    monkeypatch.setattr(report, "draw", lambda function, *_: done.append(function.__name__))
     for name in ("plot_labels", "plot_batch", "plot_results"):
-        monkeypatch.setattr(train, name, getattr(plots, name))
+        monkeypatch.setattr(report, name, getattr(plots, name))
     train.main([*base, "--epochs", "2", "--nominal-batch", "2"])
     assert done == [
         *("step", "plot_labels", "plot_batch", "step", "plot_batch", "step", "step"),
@@ -1044,7 +1121,7 @@ def spoil(monkeypatch):
     def spoil(*bad):
         monkeypatch.setattr(Spoilt, "bad", frozenset(bad))
         monkeypatch.setattr(Spoilt, "calls", 0)
-        monkeypatch.setattr(train, "DetectionLoss", Spoilt)
+        monkeypatch.setattr("utils.training.run.DetectionLoss", Spoilt)
 
     return spoil
 
@@ -1145,26 +1222,26 @@ def test_a_step_that_is_not_finite_is_left_out_on_the_device(tiny_spec, optimize
         for value in values:
             for parameter in run.model.parameters():
                 parameter.grad = torch.full_like(parameter, value)
-            train.optimizer_step(run, 0, train.clip_gradients(run))
+            optimizer_step(run, 0, clip_gradients(run))
     assert_same_weights(*(run.model.state_dict() for run in runs))
 
 
 def test_nosave_with_early_stopping_keeps_the_last_epoch(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.EvaluationResult, "fitness", property(lambda _: 0.5))
+    monkeypatch.setattr(EvaluationResult, "fitness", property(lambda _: 0.5))
     train.main([*base, "--epochs", "9", "--patience", "2", "--nosave"])
     assert load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["epoch"] == 2
 
 
 def test_kill_between_two_files_leaves_the_best_in_place(base, tmp_path, monkeypatch):
     """last.pt remembers the best fitness, so best.pt must be there before it."""
-    save, calls = train.save_checkpoint, []
+    calls = []
 
     def save_once(*arguments):  # the untrained network, at the start
         if calls:
             raise Interrupted
-        calls.append(save(*arguments))
+        calls.append(save_checkpoint(*arguments))
 
-    monkeypatch.setattr(train, "save_checkpoint", save_once)
+    monkeypatch.setattr(saving, "save_checkpoint", save_once)
     with pytest.raises(Interrupted):
         train.main([*base, "--epochs", "2"])
     assert load_checkpoint(tmp_path / "runs/exp/weights/best.pt")["epoch"] == 0
@@ -1261,7 +1338,7 @@ def test_resume_takes_what_is_typed_also_a_default(base, tmp_path, monkeypatch):
 
 
 def test_resume_after_an_early_stop_trains_no_further(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.EvaluationResult, "fitness", property(lambda _: 0.5))
+    monkeypatch.setattr(EvaluationResult, "fitness", property(lambda _: 0.5))
     with monkeypatch.context() as patched:
         patched.setattr(train, "finish", lambda *_: (_ for _ in ()).throw(Interrupted))
         with pytest.raises(Interrupted):
@@ -1356,8 +1433,8 @@ def test_penalty_keeps_its_strength_beside_large_gradients(tiny_spec):
         parameter.grad = torch.full_like(parameter, 100.0)
     name, norm = next(iter(run.penalty.batchnorms.items()))
     num_values = sum(p.numel() for p in run.model.parameters())
-    clipped = train.MAX_GRADIENT_NORM / num_values**0.5
-    train.optimizer_step(run, 0, train.clip_gradients(run))
+    clipped = MAX_GRADIENT_NORM / num_values**0.5
+    optimizer_step(run, 0, clip_gradients(run))
     expected = torch.full_like(norm.weight, 1 - 0.1 * (clipped + 0.01))
     torch.testing.assert_close(norm.weight.detach(), expected, msg=name)
 
@@ -1490,7 +1567,7 @@ def trains_here(monkeypatch):
         train.main(command[2:])
         return 0
 
-    monkeypatch.setattr(train.subprocess, "call", call)
+    monkeypatch.setattr(subprocess, "call", call)
 
 
 @pytest.mark.slow
@@ -1549,9 +1626,9 @@ def test_only_numbers_that_run_away_count_against_hyperparameters(
     base, tmp_path, monkeypatch, status, fitnesses
 ):
     statuses = [0, status, 0]
-    monkeypatch.setattr(train.subprocess, "call", lambda _: statuses.pop(0))
+    monkeypatch.setattr(subprocess, "call", lambda _: statuses.pop(0))
     figures = {"metrics/mAP_0.5": [0.5], "metrics/mAP_0.5:0.95": [0.5]}
-    monkeypatch.setattr(train, "read_results", lambda _: figures)
+    monkeypatch.setattr("utils.training.search.read_results", lambda _: figures)
     command = [*base, "--name", "search", "--exist-ok", "--evolve", "3"]
     if len(fitnesses) == 1:
         with pytest.raises(SystemExit, match=r"^generation 2 failed, see above; the same .* goes"):

@@ -5,7 +5,7 @@ A checkpoint is one dict:
     spec                `ModelSpec.to_dict()`, with widths if the network is pruned
     names               class names, in order
     model               state dict: the weights to use; of a training run the averaged ones
-    training            absent in final files; else all that a resumed run needs (see train.py)
+    training            absent in final files; else what a resumed run needs (training/saving.py)
     epoch, fitness, options, hyp
                         where the weights come from; fitness as measured after this epoch
     history             mAP@.5 of the weights and the best that is known (pruning/verdict.py)

@@ -7,6 +7,7 @@ image, AP interpolated over 101 recalls.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -147,6 +148,11 @@ class Tally:
         self.num_images_per_class[np.unique(label_cls)] += 1
         self.confusion.update(detections, labels)
 
+    def add_batch(self, detections: Sequence[Tensor], labels: Sequence[np.ndarray]) -> None:
+        """Add images, of each what `add` takes, but the detections on the CPU as tensors."""
+        for rows, image_labels in zip(detections, labels, strict=True):
+            self.add(rows.numpy(), image_labels)
+
     def average_precision(self) -> tuple[ApResult, np.ndarray]:
         """Per-class result, and labels per class [K]."""
         conf, pred_cls = np.concatenate([_NO_SCORES, *self.conf_cls]).T
@@ -210,6 +216,7 @@ def evaluate(
     tally, watch = Tally(len(names)), Stopwatch(device)
     with _ready(model, precision) as network:
         has_nms = getattr(network, "has_nms", False)
+        suppress = _suppression(has_nms, conf_thres, iou_thres, max_det, single_cls)
         _warm_up(network, device, precision)
         for batch in tqdm(loader, desc="evaluate", leave=False, disable=None if progress else True):
             watch.start()
@@ -223,34 +230,16 @@ def evaluate(
             if loss_fn is not None:
                 tally.losses.append(loss_fn.measure(logits, batch.targets))
                 watch.start()
-            if has_nms:
-                detections = split_detections(predictions, conf_thres, max_det)
-            else:
-                detections = non_max_suppression(
-                    predictions,
-                    conf_thres,
-                    iou_thres,
-                    multi_label=True,
-                    max_det=max_det,
-                    agnostic=single_cls,
-                )
+            detections = suppress(predictions)
             watch.lap(2)
             detections = _in_original_pixels(detections, batch, single_cls)
-            labels = _labels_in_original_pixels(batch, single_cls)
-            for rows, image_labels in zip(detections, labels, strict=True):
-                tally.add(rows.numpy(), image_labels)
+            tally.add_batch(detections, _labels_in_original_pixels(batch, single_cls))
             if on_batch is not None:
                 on_batch(batch, detections)
 
     tally.seconds = watch.seconds
     tally.losses = [Measured(sums.cpu(), counts.cpu()) for sums, counts in tally.losses]
-    whole = Tally.combine(gather(tally))
-    losses = None
-    if loss_fn is not None:
-        parts = [loss_fn.parts(batch) * batch.counts[1, 0] for batch in whole.losses]
-        box, obj, cls = (sum(parts, torch.zeros(3)) / max(whole.num_images, 1)).tolist()
-        losses = (box, obj, cls)
-    return _summarise(whole, names, losses)
+    return _summarise(Tally.combine(gather(tally)), names, loss_fn)
 
 
 @contextmanager
@@ -274,6 +263,22 @@ def _forward(network: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         return network(images)
     predictions, logits = zip(*map(network, images.split(size)), strict=True)
     return torch.cat(predictions), [torch.cat(level) for level in zip(*logits, strict=True)]
+
+
+def _suppression(
+    has_nms: bool, conf_thres: float, iou_thres: float, max_det: int, single_cls: bool
+) -> Callable[[Tensor], list[Tensor]]:
+    """How predictions become detections; a network with NMS inside has done most of it."""
+    if has_nms:
+        return functools.partial(split_detections, conf_thres=conf_thres, max_det=max_det)
+    return functools.partial(
+        non_max_suppression,
+        conf_thres=conf_thres,
+        iou_thres=iou_thres,
+        multi_label=True,
+        max_det=max_det,
+        agnostic=single_cls,
+    )
 
 
 def _warm_up(network: nn.Module, device: torch.device, precision: torch.dtype) -> None:
@@ -319,9 +324,14 @@ def _labels_in_original_pixels(batch: Batch, single_cls: bool) -> list[np.ndarra
 def _summarise(
     tally: Tally,
     names: tuple[str, ...],
-    losses: tuple[float, float, float] | None,
+    loss_fn: DetectionLoss | None,
 ) -> EvaluationResult:
     ap_result, num_labels_per_class = tally.average_precision()
+    losses = None
+    if loss_fn is not None:
+        parts = [loss_fn.parts(batch) * batch.counts[1, 0] for batch in tally.losses]
+        box, obj, cls = (sum(parts, torch.zeros(3)) / max(tally.num_images, 1)).tolist()
+        losses = (box, obj, cls)
 
     def mean(values: np.ndarray) -> float:
         return float(values.mean()) if values.size else 0.0

@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from utils.choices import NOMINAL_BATCH, OPTIMIZERS
+
+M = TypeVar("M", bound=nn.Module)
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
@@ -159,10 +161,10 @@ def set_step(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:
             group["betas"] = (settings.momentum, group["betas"][1])
 
 
-class ModelEma:
+class ModelEma(Generic[M]):
     """Moving average of all weights and statistics; it is what is validated, saved and pruned."""
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, tau: float = 2000) -> None:
+    def __init__(self, model: M, decay: float = 0.9999, tau: float = 2000) -> None:
         """The decay grows as decay * (1 - exp(-updates / tau)), so that early averages follow."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.tau = decay, tau

@@ -1,0 +1,112 @@
+"""When a training goes wrong: what is said, and how it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from utils import device as devices
+from utils import ranks
+from utils.checkpoint import load_checkpoint
+from utils.command import describe_os_error
+from utils.finite import NotFinite, first_layer_not_finite, first_not_finite, save_for_a_look
+from utils.training.rehearsal import advise_batch_size
+from utils.training.run import Run
+from utils.training.saving import restore_run
+from utils.training.step import compute_loss, to_device
+
+LOGGER = logging.getLogger(__name__)
+
+RECOVERY_FACTOR, LEAST_RECOVERY = 0.5, 0.5**5  # of the learning rate with --on-nan recover
+
+
+@contextmanager
+def saying_how_to_go_on(run: Run) -> Iterator[None]:
+    """A full disk or a share that has gone ends the run, but costs little of it; so does memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(advise_batch_size(run, error)) from None
+    except RuntimeError as error:
+        if not ranks.is_lost_connection(error):
+            raise
+        reason = ranks.describe_lost_connection(error)
+        raise ConnectionError(
+            f"{reason}; python train.py --resume {run.dir} goes on from what was saved last"
+        ) from None
+    except OSError as error:
+        reason, last = describe_os_error(error), run.dir / "weights/last.pt"
+        if devices.rank() != 0 or not last.is_file():
+            raise
+        raise OSError(
+            f"{reason}; then python train.py --resume {run.dir} goes on from what was saved last"
+        ) from error
+
+
+def check_weights(run: Run, epoch: int) -> None:
+    """Statistics of batch norms, and squares in the optimizer, can be spoilt by a finite loss."""
+    kept = {
+        f"{what} of {name}": value
+        for name, parameter in run.model.named_parameters()
+        for what, value in run.optimizer.state.get(parameter, {}).items()
+    }
+    states = (run.model.state_dict(), run.ema.model.state_dict(), kept)
+    name = next(filter(None, map(first_not_finite, states)), None)
+    if name is not None:
+        raise FloatingPointError(f"after epoch {epoch} the values of {name} are not all finite")
+
+
+def explain_not_finite(run: Run, error: FloatingPointError, epoch: int) -> str:
+    """What is not finite and where it began; the batch is saved for a look."""
+    run.go_alone()
+    reasons = [str(error)]
+    if isinstance(error, NotFinite):
+        if devices.rank() == 0:
+            picture = save_for_a_look(run.dir, error.batch, epoch, error.number, run.names)
+            reasons.append(f"the batch is in {picture} and .txt")
+        images = to_device(run, error.batch, epoch, error.number)
+        layer = first_layer_not_finite(
+            run.model, lambda: compute_loss(run, images, error.batch.targets)
+        )
+        grads = {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}
+        gradient = first_not_finite(grads)
+        if layer is not None:
+            reasons.append(f"the first layer with such an output is {layer}")
+        elif gradient is not None:
+            reasons.append(f"the first such gradient is that of {gradient}")
+    if run.penalty is not None:
+        reasons.append(run.penalty.describe_largest_gamma(epoch))
+    return "; ".join(reasons)
+
+
+def go_back(run: Run, trouble: str) -> None:
+    """Return to what was saved last, with a lower learning rate, or end where that is not wanted.
+
+    Raises:
+        FloatingPointError: `--on-nan stop`, or the rate has been lowered as often as makes sense.
+    """
+    last = run.dir / "weights/last.pt"
+    factor = run.schedule.factor * RECOVERY_FACTOR
+    if run.options.on_nan == "stop":
+        again = (
+            f"python train.py --resume {run.dir} --on-nan recover goes on from what was saved "
+            "last, and halves the learning rate when this comes again; or "
+        )
+        remedy = "lower lr0 in the hyperparameters or --sparsity_rate, or try --amp off"
+        raise FloatingPointError(f"{trouble}; {again if last.is_file() else ''}{remedy}")
+    if factor < LEAST_RECOVERY:
+        raise FloatingPointError(
+            f"{trouble}; with a learning rate {1 / run.schedule.factor:.0f} times lower this still "
+            "happens, so something else is wrong: look at the batch, or try --amp off"
+        )
+    restore_run(run, load_checkpoint(last)["training"])
+    run.optimizer.zero_grad(set_to_none=True)
+    run.schedule = dataclasses.replace(run.schedule, factor=factor)
+    LOGGER.warning(
+        "warning: %s; back to epoch %d, batch %d, with the learning rate times %g",
+        trouble, run.first_epoch, run.batches, factor,
+    )  # fmt: skip
