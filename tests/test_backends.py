@@ -336,6 +336,15 @@ signal.raise_signal(signal.SIGINT)
     assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
 
 
+def test_openvino_reports_to_nobody(monkeypatch):
+    """Its package for that is not loaded; it comes with OpenVINO."""
+    pytest.importorskip("openvino")
+    monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
+    import_runtime("openvino", "a.xml")
+    with pytest.raises(ImportError):
+        importlib.import_module("openvino_telemetry")
+
+
 def test_an_empty_openvino_folder(tmp_path):
     pytest.importorskip("openvino")
     (tmp_path / "a_openvino_model").mkdir()

@@ -12,6 +12,7 @@ import importlib
 import json
 import re
 import struct
+import sys
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +79,10 @@ def import_runtime(name: str, needed_by: str | Path) -> Any:
     Raises:
         ValueError: it is not installed, or does not load; says how to get it.
     """
+    if name == "openvino":
+        # It would report each use to Google Analytics, unasked, from forks of this process: beside
+        # threads one may come to hang, and Python waits for it at the end.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         return importlib.import_module(name)
     except ImportError as error:
