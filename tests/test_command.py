@@ -24,6 +24,16 @@ def test_advice_where_memory_is_short(message, advice):
     assert out_of_memory_advice(torch.OutOfMemoryError(message)) == advice
 
 
+def test_memory_of_a_cpu_runs_out_in_one_line():
+    """Torch has no class of its own for it."""
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: torch.empty(10**16))
+    assert re.fullmatch(
+        r"error: DefaultCPUAllocator: .* 40000000000000000 bytes.*; try a smaller --batch-size .*",
+        str(caught.value),
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [

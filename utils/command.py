@@ -21,6 +21,8 @@ REMEDIES = {
 
 OLDEST_TORCH = (2, 6)
 
+CPU_ALLOCATOR = "DefaultCPUAllocator: "  # torch's, when there is no memory
+
 NOT_FINITE = 3  # exit status of a run whose numbers ran away, which is no fault of its surroundings
 
 
@@ -93,13 +95,18 @@ def is_opencv_out_of_memory(error: Exception) -> bool:
     return type(error).__module__ == "cv2" and "Insufficient memory" in str(error)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether torch says so; what has not loaded torch need not do so to ask."""
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if torch is None or not isinstance(error, RuntimeError):
+        return False
+    # Only that of a GPU has a class.
+    return isinstance(error, torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
 
 
 def out_of_memory_advice(error: Exception) -> str:
     """One line: what happened, in the first sentences of the error, and what to do."""
-    reason = ". ".join(str(error).split(". ")[:2]).strip().rstrip(".")
+    text = str(error)
+    text = text[max(text.find(CPU_ALLOCATOR), 0) :]
+    reason = ". ".join(text.split(". ")[:2]).strip().rstrip(".").partition("\n")[0]
     return f"{reason or 'the device is out of memory'}; try a smaller --batch-size or --imgsz"
