@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from utils.atomic import move_into_place, staging_folder
-from utils.backends import Network, PytorchNetwork, import_runtime, load_network
-from utils.command import is_out_of_memory, run_command
+from utils.backends import InferenceError, Network, PytorchNetwork, import_runtime, load_network
+from utils.command import run_command
 from utils.config import DatasetSpec
 from utils.dataset import DetectionDataset, Loader, build_loader, round_imgsz, scan_split
 from utils.device import describe_device, select_device
@@ -296,13 +296,10 @@ def check_export(path: Path, trial: Trial) -> None:
             result = run(network, trial.loader, trial.network.names, trial.nms, trial.device)
             report_map(network.format, trial.result, result, precision)
             check_map(trial.result, result, precision)
+    except InferenceError as error:
+        raise ValueError(f"{path.name}: {error.problem}; it was not kept") from None
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}; it was not kept") from None
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{path.name}: its runtime fails ({reason}); it was not kept") from error
 
 
 def compare(network: Network, pictures: Tensor, expected: Tensor, trial: Trial) -> Difference:

@@ -3,8 +3,12 @@
 import dataclasses
 import importlib
 import json
+import math
+import re
+import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +29,13 @@ from utils.backends import (
 )
 from utils.checkpoint import build_checkpoint, save_checkpoint
 from utils.export_metadata import ExportMetadata
-from utils.exports import Exporter, NmsSettings, write_engine
+from utils.exports import (
+    Exporter,
+    NmsSettings,
+    write_engine,
+    write_openvino,
+    write_torchscript,
+)
 from utils.nms import non_max_suppression, split_detections
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -305,6 +315,15 @@ def test_openvino_reads_nothing_but_its_own_format(model, tmp_path):
         load_network(path.rename(path.with_suffix(".xml")), CPU)
 
 
+def test_openvino_entries_that_hold_others(model, tmp_path):
+    folder = write_reshaping("openvino", tmp_path, facts(model), 1, 384, 8)
+    xml = folder / "x.xml"
+    text = re.sub("<names [^>]*>", '<names><a value="b" /></names>', xml.read_text("utf-8"))
+    xml.write_text(text, "utf-8")
+    with pytest.raises(ValueError, match="x_openvino_model: says nothing about its names"):
+        load_network(folder, CPU)
+
+
 def test_foreign_files(model, tmp_path):
     onnx = pytest.importorskip("onnx")
     path = export(model, "onnx", tmp_path)
@@ -317,6 +336,101 @@ def test_foreign_files(model, tmp_path):
     torch.jit.save(script, tmp_path / "b.torchscript")
     with pytest.raises(ValueError, match=r"not written by export\.py"):
         load_network(tmp_path / "b.torchscript", CPU)
+
+
+class Reshaping(nn.Module):
+    """Fits the images that it is traced with, and no others."""
+
+    def __init__(self, *shape, dtype=torch.float32):
+        super().__init__()
+        self.shape, self.dtype = shape, dtype
+
+    def forward(self, images):
+        return images.reshape(self.shape).to(self.dtype)
+
+
+def write_reshaping(export_format, folder, metadata, *shape, dtype=torch.float32):
+    """A file that loads in any format: what it says about itself is in order."""
+    for package in RUNTIMES[export_format]:
+        pytest.importorskip(package)
+    graph = Reshaping(*shape, dtype=dtype)
+    if export_format == "torchscript":
+        path = folder / "x.torchscript"
+        side = math.isqrt(math.prod(shape) // 3)
+        write_torchscript(graph, torch.zeros(1, 3, side, side), metadata, path)
+        return path
+    onnx = importlib.import_module("onnx")
+    path = folder / "x.onnx"
+    constant = onnx.helper.make_tensor("shape", 7, [len(shape)], shape)
+    nodes = [onnx.helper.make_node("Reshape", ["images", "shape"], ["output0"])]
+    ends = [
+        onnx.helper.make_tensor_value_info("images", 1, [1, 3, "height", "width"]),
+        onnx.helper.make_tensor_value_info("output0", 1, shape),
+    ]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [constant])
+    opset = onnx.helper.make_opsetid("", 13)
+    content = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    onnx.helper.set_model_props(content, metadata.to_text())
+    onnx.save(content, str(path))
+    if export_format == "openvino":
+        write_openvino(path, metadata, folder / "x_openvino_model", "x")
+        return folder / "x_openvino_model"
+    return path
+
+
+@pytest.mark.parametrize("export_format", RUNTIMES)
+def test_a_file_that_loads_and_fails_is_told_in_one_line(export_format, model, tmp_path, capfd):
+    path = write_reshaping(export_format, tmp_path, facts(model), 1, 384, 8)
+    network = load_network(path, CPU)
+    capfd.readouterr()
+    with pytest.raises(
+        ValueError, match=r"x\w*(\.\w+)?: its runtime fails \(.*[Rr]esh|shape"
+    ) as caught:
+        network(pictures(1))
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert message.endswith("export the .pt file again")
+    assert "\n" not in message
+    assert len(message) < len(str(path)) + 320
+    assert capfd.readouterr() == ("", ""), "the runtime need not say it again"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "has_nms", "problem"),
+    [
+        ((1, 3072, 4), torch.float32, False, r"float32 \[1, 3072, 4\] where .* \[1, N, 8\]"),
+        ((1536, 8), torch.float32, False, r"float32 \[1536, 8\] where"),
+        ((2, 768, 8), torch.float32, False, r"float32 \[2, 768, 8\] where"),
+        ((1, 1536, 8), torch.float32, True, r"float32 \[1, 1536, 8\] where .* \[1, M, 6\]"),
+        ((1, 1536, 8), torch.int64, False, r"int64 \[1, 1536, 8\] where"),
+        ((1, 2048, 6), torch.float32, True, "classes that it has no names for"),
+    ],
+)
+def test_a_file_that_gives_something_else(shape, dtype, has_nms, problem, model, tmp_path):
+    metadata = facts(model, has_nms=has_nms)
+    path = write_reshaping("torchscript", tmp_path, metadata, *shape, dtype=dtype)
+    network = load_network(path, CPU)
+    with pytest.raises(ValueError, match=rf"x.*: gives {problem}.*: export the \.pt"):
+        network(torch.full((1, 3, SIDE, SIDE), float(len(NAMES))))
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_file(model, tmp_path, monkeypatch):
+    network = load_network(export(model, "torchscript", tmp_path), CPU)
+    monkeypatch.setattr(network, "infer", lambda images: torch.empty(10**16))
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        network(pictures(1))
+
+
+def test_damaged_packing_of_torchscript(model, tmp_path):
+    path = export(model, "torchscript", tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        code = next(part for part in archive.infolist() if part.filename.endswith(".py"))
+    content = bytearray(path.read_bytes())
+    name_and_more = struct.unpack_from("<HH", content, code.header_offset + 26)
+    content[code.header_offset + 30 + sum(name_and_more)] |= 0b110  # no such kind of block
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.torchscript: not a readable TorchScript file \("):
+        load_network(path, CPU)
 
 
 def test_signals_reach_python_after_openvino_networks_are_gone(model, tmp_path):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from models.yolo import Model
 from utils.checkpoint import load_detector
+from utils.command import is_out_of_memory
 from utils.export_metadata import ExportMetadata
 from utils.torchscript_check import check_torchscript
 
@@ -136,6 +137,17 @@ class PytorchNetwork(Network):
         return self.model(images)
 
 
+class InferenceError(ValueError):
+    """An exported file was loaded and fails when it is used; `problem` says how."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(
+            f"{path}: {problem}; damaged, or changed since export.py wrote it: export the .pt file "
+            "again"
+        )
+        self.problem = problem
+
+
 class ExportedNetwork(Network):
     """What all exported formats share: their metadata, and batches cut and padded to fit."""
 
@@ -166,12 +178,30 @@ class ExportedNetwork(Network):
         images = images.contiguous()  # channels last is torch's affair
         size = self.batch_size
         if size is None or size == len(images):
-            return self.infer(images), []
+            return self._answer(images), []
         outputs = []
         for part in images.split(size):
             padding = part.new_zeros(size - len(part), *part.shape[1:])
-            outputs.append(self.infer(torch.cat((part, padding)))[: len(part)])
+            outputs.append(self._answer(torch.cat((part, padding)))[: len(part)])
         return torch.cat(outputs), []
+
+    def _answer(self, images: Tensor) -> Tensor:
+        """What the runtime makes of images; InferenceError unless that is what a detector gives."""
+        try:
+            output = self.infer(images)
+        except Exception as error:  # each runtime has errors of its own
+            if isinstance(error, MemoryError) or is_out_of_memory(error):
+                raise
+            raise InferenceError(self.path, f"its runtime fails ({_last_words(error)})") from None
+        size, width = len(images), 6 if self.has_nms else 5 + len(self.names)
+        shape = list(output.shape)
+        if shape != [size, *shape[1:2], width] or output.dtype != torch.float32:
+            kind = str(output.dtype).removeprefix("torch.")
+            expected = f"float32 [{size}, {'M' if self.has_nms else 'N'}, {width}]"
+            raise InferenceError(self.path, f"gives {kind} {shape} where {expected} is expected")
+        if self.has_nms and not _are_classes(output[..., 5], len(self.names)):
+            raise InferenceError(self.path, "gives classes that it has no names for")
+        return output
 
     def infer(self, images: Tensor) -> Tensor:
         """One call of the runtime."""
@@ -188,13 +218,16 @@ class OnnxNetwork(ExportedNetwork):
         runtime = import_runtime("onnxruntime", path)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 4  # what is fatal; errors are raised too
         providers = ["CPUExecutionProvider"]
         if device.type == "cuda" and "CUDAExecutionProvider" in runtime.get_available_providers():
             providers.insert(0, "CUDAExecutionProvider")
         try:
             content = _self_contained(path)
-            self.session = runtime.InferenceSession(content, options, providers=providers)
+            # Its second try without the GPU is announced on the screen: not where there is none.
+            self.session = runtime.InferenceSession(
+                content, options, providers=providers, enable_fallback=len(providers) > 1
+            )
         except Exception as error:  # noqa: BLE001 (its error classes are private)
             raise _unreadable(path, "ONNX file", error) from None
         inputs = self.session.get_inputs()
@@ -337,7 +370,8 @@ def _openvino_metadata(model: Any) -> dict[str, str]:
     info = model.get_rt_info()
     if OPENVINO_INFO not in info:
         return {}
-    return {key: str(value.astype(str)) for key, value in info[OPENVINO_INFO].items()}
+    entries = {key: v for key, v in info[OPENVINO_INFO].items() if not isinstance(v, dict)}
+    return {key: str(value.astype(str)) for key, value in entries.items()}
 
 
 def _self_contained(path: Path) -> bytes:
@@ -365,6 +399,17 @@ def _check_ends(path: Path, inputs: Sequence[Any], outputs: Sequence[Any]) -> No
             f"{path}: has {len(inputs)} inputs and {len(outputs)} outputs, a detector has one of "
             "each; damaged, or not written by export.py of this toolkit"
         )
+
+
+def _are_classes(numbers: Tensor, num_classes: int) -> bool:
+    return bool(((numbers >= 0) & (numbers < num_classes)).all())
+
+
+def _last_words(error: Exception) -> str:
+    """The first sentence of the last line: before it runtimes name places in their programs."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    words = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[-1]) if lines else repr(error)
+    return words.split(". ")[0][:200]
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> ValueError:

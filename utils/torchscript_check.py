@@ -10,9 +10,11 @@ from __future__ import annotations
 import ast
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+_DAMAGED = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error)
 MAX_UNPACKED_BYTES = 64 << 20  # of the compressed parts, which are source and notes for debugging
 _METHOD = re.compile(r"forward\d*")
 # What neither hides anything from Python's parser nor means something else to torch's.
@@ -49,7 +51,7 @@ def check_torchscript(path: Path) -> None:
             if unpacked > MAX_UNPACKED_BYTES or len({m.filename for m in members}) < len(members):
                 raise ValueError("it unfolds to too much, or has two parts of one name")
             texts = {name: archive.read(name) for name in archive.namelist() if _is_read(name)}
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except _DAMAGED as error:
         raise ValueError(f"{path}: not a readable TorchScript file ({error})") from None
     except ValueError as error:
         raise ValueError(f"{path}: refused, {error}") from None
