@@ -428,7 +428,8 @@ def run_sweep(
             map50_95=result.map50_95 if result else None,
         )
         rows.append(row)
-    LOGGER.info("%s\n", format_sweep(rows, find_knee(rows)))
+    for line in (*format_sweep(rows, find_knee(rows)).split("\n"), ""):
+        LOGGER.info("%s", line)
     if run_dir is not None:
         save_plain_options(run_dir, options)
         write_text_atomic(run_dir / "sweep.csv", sweep_csv(rows))
@@ -535,7 +536,8 @@ def make_cut(options: argparse.Namespace, pruner: Pruner, percent: float) -> Cut
     keep = pruner.select(percent)
     compensated = pruner.compensated(keep)
     cut = Cut(keep, prune_model(compensated, pruner.channel_groups, keep.masks), 0.0)
-    LOGGER.info("%s", format_layers(layer_rows(pruner, cut)))
+    for line in format_layers(layer_rows(pruner, cut)).split("\n"):
+        LOGGER.info("%s", line)
     print_choice(options, pruner, keep)
     check_is_smaller(pruner, keep, percent, options)
     masked = mask_model(compensated, pruner.channel_groups, keep.masks)

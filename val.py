@@ -393,7 +393,8 @@ def score_as_coco(saver: BatchSaver, split: Split, run_dir: Path) -> None:
         )
     LOGGER.info("scoring %s with pycocotools against %s", predictions.name, annotations)
     score = score_with_pycocotools(annotations, predictions, list(ids.images.values()))
-    LOGGER.info("%s", score.summary.rstrip())
+    for line in score.summary.rstrip().split("\n"):
+        LOGGER.info("%s", line)
     write_text_atomic(run_dir / "pycocotools.txt", score.summary)
 
 

@@ -1,8 +1,10 @@
 import errno
 import importlib
 import io
+import logging
 import re
 import sys
+from pathlib import Path
 
 import cv2
 import pytest
@@ -123,6 +125,29 @@ def test_an_old_python_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 9, 18))
     with pytest.raises(SystemExit, match=r"Python 3\.10 or newer is needed; this is 3\."):
         importlib.reload(utils.flags)
+
+
+HOSTILE = "a\nb\r\x1b]0;x\x07\x9b2J\u202e.jpg"
+SHOWN = r"a\nb\r\x1b]0;x\x07\x9b2J\u202e.jpg"
+
+
+@pytest.mark.parametrize(
+    ("message", "args", "shown"),
+    [
+        ("\n%s: %d", (HOSTILE, 3), f"\n{SHOWN}: 3"),
+        ("%s", (Path(HOSTILE),), SHOWN),
+        ("%s", (OSError(HOSTILE),), SHOWN),
+        ("%22s%5.1f", (HOSTILE[:3], 0.25), " " * 18 + r"a\nb" + "  0.2"),
+        ("%r", ([1, "x"],), "[1, 'x']"),
+        (HOSTILE, (), SHOWN.replace(r"\n", "\n", 1)),
+        ("%(a)s", ({"a": "\x1b"},), r"\x1b"),
+        ("100 %", (), "100 %"),
+        ("caf\u00e9 %s", ("\u6f22",), "caf\u00e9 \u6f22"),
+    ],
+)
+def test_names_in_the_log_obey_nothing(caplog, message, args, shown):
+    run_command(lambda: logging.getLogger("x").warning(message, *args))
+    assert [record.getMessage() for record in caplog.records] == [shown]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

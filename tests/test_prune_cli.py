@@ -77,7 +77,7 @@ def run(weights, tmp_path, caplog, monkeypatch):
             machine = ["--device", "cpu", "--workers", "0", "--img", "64"]
             project = ["--project", str(tmp_path / "runs")]
             prune.main(["--weights", str(source), *machine, *project, *map(str, flags)])
-        return caplog.text
+        return "\n".join(caplog.messages)
 
     return call
 

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -137,6 +138,24 @@ def test_everything_is_saved(command, tmp_path, caplog):
         assert text in caplog.text
     val.main(command)
     assert (tmp_path / "runs/exp2").is_dir()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files cannot be called so")
+def test_hostile_names_do_not_reach_the_terminal(run_script, command, tiny_dataset, caplog):
+    image = tiny_dataset.images / "a.jpg"
+    image.rename(image.with_name("a\x1b[2J\nb.jpg"))
+    (tiny_dataset.labels / "a\x1b[2J\nb.txt").write_text("9 9 9 9 9\n")
+    spec = yaml.safe_load(tiny_dataset.yaml.read_text())
+    spec["names"][0] = "disc\x1b]0;owned\x07\n\x9b"
+    tiny_dataset.yaml.write_text(yaml.safe_dump(spec))
+    caplog.set_level("INFO")
+    ended = run_script("val.py", *command, "--verbose", "--noplots")
+    assert ended.returncode == 0
+    messages = [record.getMessage() for record in caplog.records]
+    assert any(r"a\x1b[2J\nb.txt:" in message for message in messages)
+    assert any(r"disc\x1b]0;owned\x07\n\x9b" in m and "0." in m for m in messages), messages
+    for text in (*messages, ended.stdout, ended.stderr):
+        assert all(line.isprintable() for line in text.split("\n")), text
 
 
 def test_text_files_match_the_json(command, tmp_path, tiny_dataset):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -41,6 +43,7 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not what a terminal cannot show ends a run
             stream.reconfigure(errors="backslashreplace")
+    logging.setLogRecordFactory(PrintableRecord)
     check_torch()
     try:
         main()
@@ -88,6 +91,22 @@ def describe_os_error(error: OSError) -> str:
 def printable(text: str) -> str:
     """In one line: what a terminal would obey in a file name is written with a backslash."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class PrintableRecord(logging.LogRecord):
+    """A line of the log, whatever the names of files and classes in it hold.
+
+    What it is made from stays in its line, so that a text of several lines is logged line by line.
+    """
+
+    def getMessage(self) -> str:
+        """The text, of which a terminal obeys nothing but the ends of lines in the format."""
+        args = self.args
+        if isinstance(args, tuple):
+            texts = str | os.PathLike | BaseException
+            args = tuple(printable(str(a)) if isinstance(a, texts) else a for a in args)
+        text = str(self.msg) % args if args else str(self.msg)
+        return "\n".join(map(printable, text.split("\n")))
 
 
 def is_opencv_out_of_memory(error: Exception) -> bool:
