@@ -111,7 +111,8 @@ def test_the_matching_is_the_same():
         detections = np.concatenate([moved, np.linspace(1, 0.1, 30)[:, None], classes], 1)
         iou = plain.box_iou(labels[:, 1:], moved)
         iou[labels[:, :1] != classes.T] = 0
-        assert np.array_equal(plain.match(iou), match_detections(detections, labels))
+        (correct,) = match_detections([detections], [labels])
+        assert np.array_equal(plain.match(iou), correct)
 
 
 class Oracle(nn.Module):

@@ -7,6 +7,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from utils.boxes import box_iou
 from utils.metrics import (
     IOU_THRESHOLDS,
     ConfusionMatrix,
@@ -56,14 +57,62 @@ MATCHING_ROWS = [
 
 @pytest.mark.parametrize(("detections", "labels", "num_right"), MATCHING_ROWS)
 def test_matching_by_hand(detections, labels, num_right):
-    correct = match_detections(
-        np.array(detections, np.float32).reshape(-1, 6),
-        np.array(labels, np.float32).reshape(-1, 5),
+    (correct,) = match_detections(
+        [np.array(detections, np.float32).reshape(-1, 6)],
+        [np.array(labels, np.float32).reshape(-1, 5)],
         IOU_THRESHOLDS - 1e-6,
     )
     assert correct.dtype == bool
     assert correct.shape == (len(detections), 10)
     assert correct.sum(1).tolist() == num_right
+
+
+def match_slowly(detections, labels):
+    """One image: the detections choose in turn."""
+    correct = np.zeros((len(detections), len(IOU_THRESHOLDS)), bool)
+    iou = box_iou(labels[:, 1:].astype(float), detections[:, :4].astype(float))
+    for i, threshold in enumerate(IOU_THRESHOLDS):
+        taken = set()
+        for m in sorted(range(len(detections)), key=lambda m: -detections[m, 4]):
+            best, best_iou = None, 0
+            for t in range(len(labels)):
+                is_possible = t not in taken and labels[t, 0] == detections[m, 5]
+                if is_possible and iou[t, m] >= threshold and iou[t, m] > best_iou:
+                    best, best_iou = t, iou[t, m]
+            if best is not None:
+                taken.add(best)
+                correct[m, i] = True
+    return correct
+
+
+def random_image(rng, num_detections, num_labels, num_classes):
+    """Boxes of whole pixels and confidences of five levels, so that both tie."""
+
+    def boxes(count):
+        corners = rng.integers(0, 8, (count, 2))
+        return np.concatenate((corners, corners + rng.integers(10, 16, (count, 2))), 1)
+
+    sure = rng.choice([0.1, 0.3, 0.5, 0.7, 0.9], num_detections)
+    detected, labelled = (rng.integers(0, num_classes, n) for n in (num_detections, num_labels))
+    detections = np.column_stack((boxes(num_detections), sure, detected)).astype(np.float32)
+    return detections, np.column_stack((labelled, boxes(num_labels))).astype(float)
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_the_matching_of_a_batch_equals_that_of_each_image_in_turn(num_classes):
+    rng = np.random.default_rng(0)
+    sizes = [(0, 0), (5, 0), (0, 4), (1, 1), (12, 3), (40, 30), (90, 60), (3, 12)]
+    num_right = []
+    for _ in range(4):
+        images = [random_image(rng, *size, num_classes) for size in rng.permutation(sizes)]
+        matched = match_detections(*zip(*images, strict=True))
+        assert len(matched) == len(images)
+        for image, correct in zip(images, matched, strict=True):
+            np.testing.assert_array_equal(correct, match_slowly(*image))
+        num_right.append(np.concatenate(matched).sum(0))
+    at_half, at_95 = np.sum(num_right, 0)[[0, -1]]
+    assert at_half > 2 * at_95 > 0
+    assert match_detections([], []) == []
 
 
 # --------------------------------------------------------------------------- average precision
@@ -210,7 +259,7 @@ def score_by_pycocotools(images, num_classes=3):
 )
 def test_agrees_with_pycocotools_in_a_crowd(crowd):
     images = list(crowded_images(np.random.default_rng(0), **crowd))
-    correct = np.concatenate([match_detections(*image) for image in images])
+    correct = np.concatenate(match_detections(*zip(*images, strict=True)))
     detections = np.concatenate([image[0] for image in images])
     target_cls = np.concatenate([image[1][:, 0] for image in images])
     result = average_precision_per_class(correct, detections[:, 4], detections[:, 5], target_cls)

@@ -102,7 +102,7 @@ def check_class_names(
 
 
 class Tally:
-    """Matches image by image and remembers what the metrics need."""
+    """Matches batch by batch and remembers what the metrics need."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -139,19 +139,15 @@ class Tally:
             whole.losses.append(Measured(sum(sums), sum(counts)))
         return whole
 
-    def add(self, detections: np.ndarray, labels: np.ndarray) -> None:
-        """Add one image: [M, 6] and [T, 5] (class, xyxy), both in original pixels."""
-        label_cls = labels[:, 0].astype(np.int64)
-        self.correct.append(match_detections(detections, labels))
-        self.conf_cls.append(detections[:, 4:])
-        self.label_cls.append(label_cls)
-        self.num_images_per_class[np.unique(label_cls)] += 1
-        self.confusion.update(detections, labels)
-
-    def add_batch(self, detections: Sequence[Tensor], labels: Sequence[np.ndarray]) -> None:
-        """Add images, of each what `add` takes, but the detections on the CPU as tensors."""
+    def add(self, detections: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> None:
+        """Add a batch: per image [M, 6] and [T, 5] (class, xyxy), both in original pixels."""
+        self.correct += match_detections(detections, labels)
         for rows, image_labels in zip(detections, labels, strict=True):
-            self.add(rows.numpy(), image_labels)
+            label_cls = image_labels[:, 0].astype(np.int64)
+            self.conf_cls.append(rows[:, 4:])
+            self.label_cls.append(label_cls)
+            self.num_images_per_class[np.unique(label_cls)] += 1
+            self.confusion.update(rows, image_labels)
 
     def average_precision(self) -> tuple[ApResult, np.ndarray]:
         """Per-class result, and labels per class [K]."""
@@ -233,7 +229,8 @@ def evaluate(
             detections = suppress(predictions)
             watch.lap(2)
             detections = _in_original_pixels(detections, batch, single_cls)
-            tally.add_batch(detections, _labels_in_original_pixels(batch, single_cls))
+            rows = [image.numpy() for image in detections]
+            tally.add(rows, _labels_in_original_pixels(batch, single_cls))
             if on_batch is not None:
                 on_batch(batch, detections)
 

@@ -5,6 +5,7 @@ IoU thresholds run from 0.50 to 0.95 in steps of 0.05; index 0 is the one of mAP
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,36 +19,69 @@ _EPS = 1e-16
 
 
 def match_detections(
-    detections: np.ndarray, labels: np.ndarray, iou_thresholds: np.ndarray = IOU_THRESHOLDS
-) -> np.ndarray:
-    """Decide which detections of one image are correct, per IoU threshold.
+    detections: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray],
+    iou_thresholds: np.ndarray = IOU_THRESHOLDS,
+) -> list[np.ndarray]:
+    """Decide which detections of a batch of images are correct, per IoU threshold.
 
-    As COCO does: the most confident detection chooses first, and takes the label of its class with
-    the highest IoU among those nobody has taken yet. Thresholds are independent of each other.
+    As COCO does: the most confident detection of an image chooses first, and takes the label of its
+    class with the highest IoU among those nobody has taken yet. Thresholds are independent of each
+    other.
 
     Args:
-        detections: [M, 6] xyxy, confidence, class; in any order.
-        labels: [T, 5] class, xyxy in the same pixels.
-        iou_thresholds: [I], a pair needs at least this IoU.
+        detections: per image [M, 6] xyxy, confidence, class; in any order.
+        labels: per image [T, 5] class, xyxy in the same pixels.
+        iou_thresholds: [I], a pair needs at least this IoU; above 0.
 
     Returns:
-        bool [M, I].
+        Per image bool [M, I].
     """
-    correct = np.zeros((len(detections), len(iou_thresholds)), bool)
-    if not len(detections) or not len(labels):
-        return correct
-    iou = box_iou(labels[:, 1:].astype(np.float64), detections[:, :4].astype(np.float64))
-    iou[labels[:, :1] != detections[None, :, 5]] = -1  # [T, M]
-    free = np.ones((len(labels), len(iou_thresholds)), bool)
-    columns = np.arange(len(iou_thresholds))
-    hopeful = iou.max(0) >= iou_thresholds.min()
-    for m in np.argsort(-detections[:, 4], kind="stable"):
-        if hopeful[m]:
-            offers = np.where(free, iou[:, m, None], -1)  # [T, I]
-            best = offers.argmax(0)
-            correct[m] = offers[best, columns] >= iou_thresholds
-            free[best[correct[m]], columns[correct[m]]] = False
-    return correct
+    num_thresholds, sizes = len(iou_thresholds), [len(rows) for rows in detections]
+    detection, label, iou = _pairs_by_choice(detections, labels, iou_thresholds.min())
+    # Each threshold has detections and labels of its own from here on, numbered through.
+    pair, threshold = np.nonzero(iou[:, None] >= iou_thresholds)
+    detection = detection[pair] * num_thresholds + threshold
+    label = label[pair] * num_thresholds + threshold
+    correct = np.zeros(sum(sizes) * num_thresholds, bool)
+    free = np.ones(sum(map(len, labels)) * num_thresholds, bool)
+    while len(detection):
+        # No more confident one can take the label, and no better one is left for the detection.
+        agreed = _is_first(detection, len(correct)) & _is_first(label, len(free))
+        correct[detection[agreed]], free[label[agreed]] = True, False
+        left = ~correct[detection] & free[label]
+        detection, label = detection[left], label[left]
+    return np.split(correct.reshape(-1, num_thresholds), np.cumsum(sizes))[:-1]
+
+
+def _pairs_by_choice(
+    detections: Sequence[np.ndarray], labels: Sequence[np.ndarray], least_iou: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which detections and labels of a class overlap; the most confident first, its best ahead.
+
+    Returns:
+        Numbers of the detection and of the label, counted over the images, and their IoU; each [P].
+    """
+    parts = [(np.zeros(0, np.int64),) * 2 + (np.zeros(0),) * 2]
+    num_detections = num_labels = 0
+    for rows, image_labels in zip(detections, labels, strict=True):
+        # Image by image: nearly all pairs of a batch lie in different ones.
+        iou = box_iou(image_labels[:, 1:].astype(np.float64), rows[:, :4].astype(np.float64))
+        same_class = image_labels[:, :1] == rows[None, :, 5]
+        label, detection = np.nonzero((iou >= least_iou) & same_class)
+        pairs = (detection + num_detections, label + num_labels)
+        parts.append((*pairs, rows[detection, 4], iou[label, detection]))
+        num_detections, num_labels = num_detections + len(rows), num_labels + len(image_labels)
+    detection, label, confidence, iou = map(np.concatenate, zip(*parts, strict=True))
+    order = np.lexsort((-iou, detection, -confidence))  # stable: of equal labels the first
+    return detection[order], label[order], iou[order]
+
+
+def _is_first(values: np.ndarray, size: int) -> np.ndarray:
+    """Which of the numbers, below `size`, have not occurred before them; bool, as many."""
+    positions, first = np.arange(len(values)), np.full(size, len(values))
+    np.minimum.at(first, values, positions)
+    return first[values] == positions
 
 
 def _one_to_one(row: np.ndarray, column: np.ndarray, iou: np.ndarray) -> list[int]:
