@@ -73,6 +73,32 @@ def test_boxes_stay_on_their_objects(white_split, hyp, share):
     assert num_boxes >= len(dataset)
 
 
+def describe(image, boxes):
+    """Numbers of one augmented sample: how many boxes, where, how large; colours; their squares."""
+    pixels = image.reshape(3, -1) / 255.0
+    sums = np.concatenate([[len(boxes)], boxes.sum(0), boxes[:, 2:].prod(1, keepdims=True).sum(0)])
+    numbers = np.concatenate([sums, pixels.mean(1), pixels.std(1)])
+    return np.concatenate([numbers, numbers**2])
+
+
+def test_augmented_samples_are_distributed_as_ours(tiny_split, hyp):
+    """Mosaic, zoom, shift, flip and colours: all means over 600 samples agree within chance."""
+    theirs, ours = (
+        kind(tiny_split, 64, hyp=hyp) for kind in (plain.PlainDataset, DetectionDataset)
+    )
+    random.seed(0)
+    means, variances = [], []
+    for dataset in (theirs, ours):
+        keys = [(epoch, index) for epoch in range(150) for index in range(len(tiny_split))]
+        items = [dataset[key if dataset is ours else key[1]] for key in keys]
+        samples = np.stack([describe(np.asarray(item[0]), np.asarray(item[1])[:, 1:])
+                            for item in items])  # fmt: skip
+        means.append(samples.mean(0))
+        variances.append(samples.var(0) / len(samples))
+    off = (means[0] - means[1]) / np.sqrt(variances[0] + variances[1])
+    assert np.abs(off).max() < 4, off.round(1)
+
+
 def test_evaluation_items_are_those_of_val(tiny_split):
     ours = DetectionDataset(tiny_split, 64, rect=True, batch_size=2, pad=0.5)
     theirs = plain.build_loader(plain.PlainDataset(tiny_split, 64, None, 2), 2, 0)
