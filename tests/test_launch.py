@@ -2,9 +2,11 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -65,3 +67,71 @@ def test_signals_are_passed_on_and_the_processes_decide_when_they_end(tmp_path, 
     assert launch(processes([WAIT, SLEEP], [WAIT, SLEEP]), 2) == 143
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Ending:
+    """A process that has ended with this status when it is looked at so many times."""
+
+    def __init__(self, code, looks=0):
+        self.code, self.looks = code, looks
+
+    def poll(self):
+        self.looks -= 1
+        return None if self.looks >= 0 else self.code
+
+    def terminate(self):
+        self.looks = 0
+
+
+@pytest.mark.parametrize(
+    "processes",
+    [
+        pytest.param([Ending(1), Ending(-9), Ending(0, 9)], id="found at one glance"),
+        pytest.param([Ending(-9, 1), Ending(1), Ending(0, 9)], id="between two looks"),
+        pytest.param([Ending(1), Ending(-9)], id="all are gone"),
+    ],
+)
+def test_one_that_was_killed_is_told_before_those_that_have_lost_it(processes, capfd):
+    assert launching._wait(processes) == 137
+    assert "one of the" in capfd.readouterr().err
+
+
+def patch_popen(monkeypatch, change):
+    """Let `change(number, process)` be called for each that is started."""
+    processes, popen = [], subprocess.Popen
+
+    def start(*args, **rest):
+        processes.append(popen(*args, **rest))
+        change(len(processes), processes[-1])
+        return processes[-1]
+
+    monkeypatch.setattr(launching, "subprocess", SimpleNamespace(Popen=start))
+    return processes
+
+
+def test_a_process_that_cannot_be_started_leaves_none_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def fail(number, process):
+        if number == 2:
+            process.kill()
+            raise OSError("no memory")
+
+    started = patch_popen(monkeypatch, fail)
+    with pytest.raises(OSError, match="no memory"):
+        launch(processes([SLEEP], [SLEEP]), 2)
+    assert [process.wait(10) for process in started] == [-signal.SIGKILL] * 2
+
+
+def test_a_signal_between_two_starts_is_for_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def ask(number, process):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    started = patch_popen(monkeypatch, ask)
+    start = time.monotonic()
+    assert launch([sys.executable, "-c", "import time; time.sleep(30)"], 2) == 143
+    assert time.monotonic() - start < 20
+    assert [process.returncode for process in started] == [-signal.SIGTERM] * 2

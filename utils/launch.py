@@ -24,6 +24,9 @@ def launch(command: Sequence[str], count: int) -> int:
 
     Returns:
         The exit status of the first that failed; 0 if none did.
+
+    Raises:
+        OSError: one of them cannot be started; there is none then.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
@@ -35,8 +38,10 @@ def launch(command: Sequence[str], count: int) -> int:
     }
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **shared}
     processes: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
+        asked.append(number)
         for process in processes:
             process.send_signal(number)
 
@@ -47,8 +52,12 @@ def launch(command: Sequence[str], count: int) -> int:
         for rank in map(str, range(count)):
             own = {"RANK": rank, "LOCAL_RANK": rank}
             processes.append(subprocess.Popen(command, env={**environment, **own}))
+        for number in tuple(asked):  # before the last of them was there
+            pass_on(number, None)
         return _wait(processes)
     finally:
+        for process in processes:
+            process.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -57,17 +66,27 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     """Until all have ended; those that are left when one has failed are ended."""
     code, deadline = 0, float("inf")
     while None in (codes := [process.poll() for process in processes]):
-        failed = next(filter(None, codes), 0)
-        if failed and not code:
-            code, deadline = failed, time.monotonic() + GRACE
+        if any(codes) and not code:
+            # Once more: what this one has lost may have ended since the look at it.
+            code = _cause([process.poll() for process in processes])
+            deadline = time.monotonic() + GRACE
             for process in processes:
                 process.terminate()
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(GLANCE)
-    code = code or next(filter(None, codes), 0)
+    code = code or _cause(codes)
     if code < 0 and -code not in (signal.SIGTERM, signal.SIGINT):
         name = signal.Signals(-code).name
         print(f"error: one of the {len(processes)} processes was ended by {name}", file=sys.stderr)
     return code if code >= 0 else 128 - code
+
+
+def _cause(codes: Sequence[int | None]) -> int:
+    """The exit status that the others follow from; 0 if none has failed.
+
+    One that was killed has ended before those that lost it, though all be found at one glance.
+    """
+    failed = [code for code in codes if code]
+    return next((code for code in failed if code < 0), failed[0] if failed else 0)
