@@ -3,7 +3,9 @@
 import logging
 import os
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -184,6 +186,82 @@ def test_the_disk_cache_leaves_no_half_files(tiny_dataset, split, monkeypatch):
     monkeypatch.setattr(image_cache.np, "save", fail)
     DetectionDataset(split, 64, cache="disk")
     assert disk_files(tiny_dataset) == []
+
+
+def test_filling_the_disk_cache_waits_for_no_disk(split, monkeypatch):
+    """Where it did, it took most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("waited"))
+    assert DetectionDataset(split, 64, cache="disk")._cache is not None
+
+
+def test_what_a_power_cut_has_shortened_is_written_again(tiny_dataset, split):
+    DetectionDataset(split, 64, cache="disk")
+    contents = {file: file.read_bytes() for file in disk_files(tiny_dataset)}
+    for file, length in zip(contents, (0, 100, 5000, 9000), strict=True):
+        file.write_bytes(contents[file][:length])
+    DetectionDataset(split, 64, cache="disk")
+    assert {file: file.read_bytes() for file in disk_files(tiny_dataset)} == contents
+
+
+def test_several_files_are_looked_at_at_a_time(split, monkeypatch):
+    """On a network drive each look takes a round trip."""
+    all_look = threading.Barrier(4)
+    name_file = image_cache._cache_file
+
+    def look(*arguments):
+        all_look.wait(10)
+        return name_file(*arguments)
+
+    DetectionDataset(split, 64, cache="disk")
+    monkeypatch.setattr(image_cache, "_cache_file", look)
+    assert DetectionDataset(split, 64, cache="disk")._cache is not None
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ("/data/images/train/a.jpg", "/data/image_cache/train/a.jpg.64.5-7.npy"),
+        ("/images/train/a.jpg", "/image_cache/train/a.jpg.64.5-7.npy"),
+        ("/images/x/images/a.jpg", "/images/x/image_cache/a.jpg.64.5-7.npy"),
+        ("/data/a.b.jpg", "/data/image_cache/a.b.jpg.64.5-7.npy"),
+        ("/a.jpg", "/image_cache/a.jpg.64.5-7.npy"),
+    ],
+)
+def test_names_of_cached_files(monkeypatch, image, expected):
+    status = SimpleNamespace(st_size=5, st_mtime_ns=7)
+    monkeypatch.setattr(image_cache, "os", SimpleNamespace(stat=lambda _: status, sep="/"))
+    assert image_cache._cache_file(image, "64") == expected
+
+
+def test_work_is_taken_one_by_one():
+    """A million images that are queued take a gigabyte."""
+    taken, done = [], []
+
+    def indices():
+        for index in range(50):
+            taken.append(index)
+            yield index
+
+    def act(index):
+        assert len(taken) == len(done) + 1
+        done.append(index)
+
+    image_cache._for_each(act, indices(), 1)
+    assert done == list(range(50))
+
+
+def test_an_error_ends_the_work():
+    """It is raised, and those that work beside it do not go on to the end."""
+    done = []
+
+    def act(index):
+        if index == 3:
+            raise OSError("disk full")
+        done.append(index)
+
+    with pytest.raises(OSError, match="disk full"):
+        image_cache._for_each(act, range(10_000_000), 2)
+    assert len(done) < 5_000_000
 
 
 @pytest.mark.parametrize("hw", [(71, 204), (853, 1280), (1280, 853)])

@@ -16,12 +16,13 @@ STAGING, STAGING_SECONDS = ".staging-", 24 * 3600  # after which nobody can stil
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path, *, is_precious: bool = True) -> Iterator[BinaryIO]:
     """Yield a binary file that takes the name `path` when the block ends without an error.
 
     Until then it has a temporary name in the same folder. The content is on the disk before the
     name changes, so neither a killed process nor a power cut leaves half a file; after an error
-    the previous file, if any, is as it was.
+    the previous file, if any, is as it was. What is not precious is not waited for, which takes
+    milliseconds: a power cut may leave a part of it.
 
     Raises:
         OSError: it cannot be written; `filename` is `path`.
@@ -33,7 +34,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             with temporary.open("wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if is_precious:
+                    os.fsync(file.fileno())
             temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):  # the drive has gone, for example

@@ -8,8 +8,9 @@ import mmap
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,7 @@ MEMORY_SHARE = 0.8  # of the memory that is available now; the rest is for the t
 DISK_SHARE = 0.9
 # What `auto` may take without being asked: of the memory that is available, and at most.
 SMALL_SHARE, SMALL_BYTES = 0.05, 256 * 2**20
+LOOKS = 8  # at files at a time: on a network drive each takes a round trip or two
 
 
 class ImageCache(Protocol):
@@ -95,7 +97,7 @@ class RamCache:
             return None
         LOGGER.info("caching images in memory: %s", size)
         cache = cls(resized_hw, load)
-        _for_each(cache._keep, len(resized_hw))
+        _for_each(cache._keep, range(len(resized_hw)), num_usable_cores())
         return cache
 
     @classmethod
@@ -180,7 +182,7 @@ class DiskCache:
     Size and time of the image are part of the file's name, so a changed image is decoded anew.
     """
 
-    def __init__(self, files: list[Path], resized_hw: np.ndarray) -> None:
+    def __init__(self, files: Sequence[str], resized_hw: np.ndarray) -> None:
         self.files, self.shapes_hw = files, resized_hw
 
     @classmethod
@@ -192,19 +194,24 @@ class DiskCache:
         variant: str,
     ) -> DiskCache | None:
         """Write what is not there yet; None if it does not fit or cannot be written."""
+        files, todo = [""] * len(paths), []
+
+        def look(index: int) -> None:
+            files[index] = _cache_file(paths[index], variant)
+            if not _has_size(files[index], _count_bytes(resized_hw[index : index + 1])):
+                todo.append(index)
+
+        def keep(index: int) -> None:
+            image = load(index)
+            if image is not None:
+                with atomic_write(files[index], is_precious=False) as stream:
+                    np.save(stream, image, allow_pickle=False)
+
         try:
-            files = [_cache_file(path, variant) for path in paths]
-            todo = [index for index, file in enumerate(files) if not file.is_file()]
+            _for_each(look, range(len(paths)), LOOKS)
             if todo and not _make_room([files[index] for index in todo], resized_hw[todo]):
                 return None
-
-            def keep(position: int) -> None:
-                image = load(todo[position])
-                if image is not None:
-                    with atomic_write(files[todo[position]]) as stream:
-                        np.save(stream, image, allow_pickle=False)
-
-            _for_each(keep, len(todo))
+            _for_each(keep, sorted(todo), num_usable_cores())
         except OSError as error:
             LOGGER.warning("no image cache: %s", error)
             return None
@@ -234,27 +241,39 @@ def _npy_head(shape: tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
-def _cache_file(image: str, variant: str) -> Path:
-    stat = os.stat(image)  # noqa: PTH116 (called for each of millions of files)
-    folder, images, rest = image.rpartition(f"{os.sep}images{os.sep}")
-    base = Path(folder, "image_cache", rest) if images else Path(image).parent / "image_cache"
-    base = base if images else base / Path(image).name
+NPY_HEAD_BYTES = len(_npy_head((1, 1, 3)))  # the same for all sizes that an image can have
+
+
+def _has_size(file: str, num_bytes: int) -> bool:
+    """Whether an array of so many bytes is there; after a power cut it may not be whole."""
+    try:
+        return os.stat(file).st_size == NPY_HEAD_BYTES + num_bytes  # noqa: PTH116 (millions)
+    except OSError:
+        return False
+
+
+def _cache_file(image: str, variant: str) -> str:
+    # As text: a path is several times as large and slow, for each of millions of files.
+    stat = os.stat(image)  # noqa: PTH116
+    folder, images, name = image.rpartition(f"{os.sep}images{os.sep}")
+    if not images:
+        folder, _, name = image.rpartition(os.sep)
     state = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
-    return base.with_name(f"{base.name}.{variant}.{state}.npy")
+    return f"{folder}{os.sep}image_cache{os.sep}{name}.{variant}.{state}.npy"
 
 
-def _make_room(files: Sequence[Path], resized_hw: np.ndarray) -> bool:
+def _make_room(files: Sequence[str], resized_hw: np.ndarray) -> bool:
     """Make the folders and remove outdated files; False, with a warning, if space is short.
 
     Raises:
         OSError: a folder cannot be written.
     """
-    folders = {file.parent for file in files}
+    folders = sorted({os.path.dirname(file) for file in files})  # noqa: PTH120
     for folder in folders:
-        _make_writable_folder(folder)
+        _make_writable_folder(Path(folder))
     _remove_outdated(files, folders)
-    needed, free = _count_bytes(resized_hw), shutil.disk_usage(files[0].parent).free
-    size = f"{len(files)} images need {_gigabytes(needed)} in {files[0].parent}"
+    needed, free = _count_bytes(resized_hw), shutil.disk_usage(folders[0]).free
+    size = f"{len(files)} images need {_gigabytes(needed)} in {folders[0]}"
     if needed > DISK_SHARE * free:
         LOGGER.warning("no image cache: %s, where %s are free", size, _gigabytes(free))
         return False
@@ -274,19 +293,33 @@ def _make_writable_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _remove_outdated(files: Sequence[Path], folders: set[Path]) -> None:
+def _remove_outdated(files: Sequence[str], folders: Sequence[str]) -> None:
     """Remove what was cached of earlier states of these images."""
-    wanted = {file.with_name(file.name.rsplit(".", 2)[0]) for file in files}
+    wanted = {file.rsplit(".", 2)[0] for file in files}
     for folder in folders:
-        for old in folder.iterdir():
-            if old.suffix == ".npy" and old.with_name(old.name.rsplit(".", 2)[0]) in wanted:
-                old.unlink(missing_ok=True)
+        with os.scandir(folder) as entries:
+            names = [entry.path for entry in entries if entry.name.endswith(".npy")]
+        for old in names:
+            if old.rsplit(".", 2)[0] in wanted:
+                Path(old).unlink(missing_ok=True)
 
 
-def _for_each(action: Callable[[int], None], count: int) -> None:
-    with ThreadPoolExecutor(num_usable_cores()) as pool:
-        for _ in pool.map(action, range(count)):
-            pass
+def _for_each(action: Callable[[int], None], indices: Iterable[int], num_threads: int) -> None:
+    """Call it for all in threads, which take the next where there is one: nothing is queued."""
+    waiting = iter(indices)
+
+    def work() -> None:
+        for index in waiting:
+            action(index)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        threads = [pool.submit(work) for _ in range(num_threads)]
+        try:
+            wait(threads, return_when=FIRST_EXCEPTION)
+        finally:
+            deque(waiting, maxlen=0)  # after an error or Ctrl-C the others end too
+    for thread in threads:
+        thread.result()
 
 
 def num_usable_cores() -> int:
