@@ -2,17 +2,21 @@
 
     python -m benchmarks.scaling --out scaling.md
     python -m benchmarks.scaling --only images prune --quick
+    python -m benchmarks.scaling --only caches --img 640
 
 The rows of a table take turns. It says how much time a unit of work costs, relative to the first
 row in the same round, and the peak memory of each row in a process of its own. Images are copies of
-the training images; --img and --batch hold where something else grows.
+the training images; --img and --batch hold where something else grows. Their files have been read
+before: what a disk or a network adds is not in the figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +33,7 @@ from models import Model, ModelSpec
 from utils.choices import DEFAULT_IMPORTANCE
 from utils.command import run_command
 from utils.config import find_config, load_dataset_spec, load_hyperparameters, load_yaml
-from utils.dataset import DetectionDataset, Split, scan_split
+from utils.dataset import DetectionDataset, Split, build_loader, scan_split
 from utils.device import select_device
 from utils.downloads import open_dataset
 from utils.profile import count_gflops, count_parameters
@@ -50,6 +54,7 @@ class Row(NamedTuple):
     run: Callable[[], object]
     work: float
     alone: functools.partial[Any]  # the same from scratch, of this module, with JSON arguments
+    folder: Path | None = None  # where it writes
 
 
 Tables = Iterator[tuple[str, str, dict[str, Row]]]  # title, unit of work, rows by name
@@ -79,16 +84,28 @@ def measure(rows: Mapping[str, Row], unit: str, repeats: int, device: torch.devi
     for name, row in rows.items():
         peak = harness.measure_peak(row.alone.func, **row.alone.keywords)
         seconds, memory = np.median(times[name]), (f"{mebi:.0f}" for mebi in peak)
-        lines.append((name, f"{row.work:.4g}", f"{seconds:.3f}", f"{growth[name]:.2f}", *memory))
+        lines.append((
+            *(name, f"{row.work:.4g}", f"{seconds:.3f}", f"{seconds / row.work * 1e6:.0f}"),
+            *(f"{growth[name]:.2f}", *memory, f"{mebibytes_in(row.folder):.0f}"),
+        ))  # fmt: skip
     heads = (
         "work",
         unit,
         "seconds",
+        f"us per {unit}",
         f"time per {unit}, relative",
         "process, MiB",
         "loader process",
+        "GPU tensors",
+        "disk",
     )
-    return harness.table((*heads, "GPU tensors"), lines)
+    return harness.table(heads, lines)
+
+
+def mebibytes_in(folder: Path | None) -> float:
+    """What all its files hold."""
+    files = [] if folder is None else [path for path in folder.rglob("*") if path.is_file()]
+    return sum(path.stat().st_size for path in files) / harness.MEBI
 
 
 def _rows(options: argparse.Namespace, values: Sequence[Any]) -> Sequence[Any]:
@@ -97,19 +114,30 @@ def _rows(options: argparse.Namespace, values: Sequence[Any]) -> Sequence[Any]:
 
 # ------------------------------------------------------------------------------------------ images
 def grow_images(options: argparse.Namespace) -> Tables:
-    """Scan, cached scan, filling the image cache and an epoch of the loader."""
+    """Scan, cached scan and an epoch of the loader."""
+    return grow_files(options, ("scan", "cached scan", "epoch of the loader"))
+
+
+def grow_caches(options: argparse.Namespace) -> Tables:
+    """Filling the caches of images and reading from them."""
+    return grow_files(options, CACHE_TASKS)
+
+
+def grow_files(options: argparse.Namespace, tasks: Sequence[str]) -> Tables:
+    """A table for each task."""
     spec = open_dataset(options.data)
     with tempfile.TemporaryDirectory() as folder:
         first = QUICK_IMAGES if options.quick else len(scan_split(spec.train, spec.names))
         counts = [first * factor for factor in _rows(options, FACTORS)]
         sets = {n: str(harness.copy_dataset(spec, Path(folder, str(n)), n)) for n in counts}
-        for task in ("scan", "cached scan", "--cache ram", "epoch of the loader"):
+        for task in tasks:
             rows = {}
             for count, data in sets.items():
                 alone = functools.partial(
                     work_on_images, options=vars(options), data=data, task=task
                 )
-                rows[f"{count} images"] = Row(prepare_images(**alone.keywords), count, alone)
+                place = Path(data).parent / "image_cache"
+                rows[f"{count} images"] = Row(prepare_images(**alone.keywords), count, alone, place)
             yield f"Images: {task}", "image", rows
 
 
@@ -123,10 +151,46 @@ def prepare_images(options: Mapping[str, Any], data: str, task: str) -> Callable
     split: Split = scan()
     if task == "cached scan":
         return scan
-    if task == "--cache ram":
-        return functools.partial(DetectionDataset, split, imgsz, cache="ram")
+    if task in CACHE_TASKS:
+        return prepare_cache(task, split, imgsz, Path(data).parent / "image_cache")
     hyp = load_hyperparameters(find_config(options["hyp"], ["data/hyps"], ROOT))
     return loader_epoch(split, imgsz, hyp, options["batch"], workers)
+
+
+READ, AUTO, RAM, DISK, LATER = CACHE_TASKS = (
+    "reading the files, one thread",
+    "--cache auto, first pass",
+    "--cache ram",
+    "--cache disk",
+    "--cache disk, later start",
+)
+
+
+def prepare_cache(task: str, split: Split, imgsz: int, folder: Path) -> Callable[[], object]:
+    """What does one of `CACHE_TASKS`; the cache on disk lies in the folder."""
+    build = functools.partial(DetectionDataset, split, imgsz)
+
+    def read() -> None:
+        for path in split.paths:
+            Path(path).read_bytes()
+
+    def pass_once() -> object:
+        dataset = build(cache="auto")
+        for _ in build_loader(dataset, 16):
+            pass
+        return dataset
+
+    def fill_disk() -> float:
+        shutil.rmtree(folder, ignore_errors=True)
+        start = time.perf_counter()
+        build(cache="disk")
+        return time.perf_counter() - start
+
+    if task == LATER:
+        build(cache="disk")
+    later = functools.partial(build, cache="disk")
+    ram = functools.partial(build, cache="ram")
+    return {READ: read, AUTO: pass_once, RAM: ram, DISK: fill_disk, LATER: later}[task]
 
 
 def work_on_images(options: Mapping[str, Any], data: str, task: str) -> object:
@@ -216,6 +280,7 @@ def prune_fresh(size: str, imgsz: int) -> None:
 
 PARTS: dict[str, Callable[[argparse.Namespace], Tables]] = {
     "images": grow_images,
+    "caches": grow_caches,
     "sides": grow_sides,
     "batches": grow_batches,
     "models": grow_models,
