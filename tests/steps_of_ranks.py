@@ -1,12 +1,11 @@
 """Trainings as one of several processes: what their steps are, and what happens if one fails.
 
-    python -m tests.steps_of_ranks jobs.json folder
-    python -m tests.steps_of_ranks kill|stop|fail|nan FLAGS OF train.py
+    python -m tests.steps_of_ranks compare jobs.json folder
+    python -m tests.steps_of_ranks MISHAP FLAGS OF train.py
 
-jobs.json holds command lines of train.py by name. Batch norms keep their statistics: those of a
-batch are the one thing that differs between processes without `--sync-bn`, which needs GPUs.
-tests/test_ranks.py compares what `folder/rank*.pt` hold; `folder/rank1.log` is all that the second
-process says.
+jobs.json holds command lines of train.py by name, mishaps are below. Batch norms keep their
+statistics: those of a batch are the one thing that differs between processes without `--sync-bn`,
+which needs GPUs. tests/test_ranks.py compares what `folder/rank*.pt` hold.
 """
 
 import contextlib
@@ -34,28 +33,33 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_statistics()
     first, *rest = sys.argv[1:]
-    if first in MISHAPS:
+    if first == "compare":
+        compare(json.loads(Path(rest[0]).read_text()), Path(rest[1]))
+    else:
         spoil(first)
         run_command(lambda: train.main(rest))
-    else:
-        compare(json.loads(Path(first).read_text()), Path(rest[0]))
+
+
+def become(argv: list[str], environment: dict[str, str], log: Path) -> None:
+    """Let a fork of a process that has loaded torch go on as one that was started like this."""
+    os.environ.update(environment)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    sys.argv[1:] = argv
+    ranks.PARENT = os.getppid()
+    main()
 
 
 def compare(jobs: dict[str, list[str]], folder: Path) -> None:
     """Train, and keep gradients, gammas and results of every step, and the files written."""
-    own = [folder / f"rank{rank()}.{kind}" for kind in ("log", "pt")]
-    if rank():
-        log = os.open(own[0], WRITING)
-        for descriptor in (1, 2):
-            os.dup2(log, descriptor)
     written: list[str] = []
     sys.addaudithook(lambda event, args: note_writing(event, args, written))
     with ranks.connected():
         train.ranks.connected = contextlib.nullcontext  # once is enough for all of them
         steps = {name: steps_of(argv) for name, argv in jobs.items()}
-    torch.save(
-        {"steps": steps, "written": [w for w in written if w.startswith(str(folder))]}, own[1]
-    )
+    written = [path for path in written if path.startswith(str(folder))]
+    torch.save({"steps": steps, "written": written}, folder / f"rank{rank()}.pt")
 
 
 def note_writing(event: str, args: tuple, written: list[str]) -> None:
@@ -67,7 +71,12 @@ def note_writing(event: str, args: tuple, written: list[str]) -> None:
 
 
 # What happens in the second batch of the second epoch, and in which processes.
-MISHAPS: dict[str, list[int]] = {"never": [], "kill": [1], "stop": [1], "fail": [1], "nan": [0, 1]}
+MISHAPS: dict[str, list[int]] = {
+    "kill second": [1],
+    "stop": [1],
+    "fail": [1],
+    "nan": [0, 1],
+}
 
 
 def spoil(kind: str) -> None:
@@ -83,22 +92,30 @@ def spoil(kind: str) -> None:
             or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         ):
             return loss, parts
+        (run.dir / "mishap").touch()
         if kind == "fail":
             raise FileNotFoundError("images: the drive has gone")
-        if kind in ("kill", "stop"):
-            os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGTERM)
-        return loss * float("nan") if kind == "nan" else loss, parts
+        if kind.startswith(("kill", "stop")):
+            os.kill(os.getpid(), signal.SIGTERM if kind == "stop" else signal.SIGKILL)
+        return loss * float("nan") if kind.startswith("nan") else loss, parts
 
     train.compute_loss = compute
 
 
 def keep_statistics() -> None:
-    """Let `train.py` treat all batch norms as those of frozen rows, but train their weights."""
+    """Let `train.py` treat all batch norms as those of frozen rows, but train their weights.
+
+    And leave out pictures, and all but a few verdicts.
+    """
     train.freeze_rows = lambda model, _: [
         m for m in model.modules() if isinstance(m, nn.BatchNorm2d)
     ]
     for name in ("plot_results", "plot_labels", "plot_batch", "plot_gamma_history"):
         setattr(report, name, lambda *_: None)
+    is_due = train.is_verdict_due
+    train.is_verdict_due = lambda options, *when: (  # it takes as long as the training
+        options.sparsity_mode == "proximal" and is_due(options, *when)
+    )
 
 
 def steps_of(argv: list[str]) -> list[dict]:

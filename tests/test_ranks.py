@@ -3,32 +3,55 @@
 import copy
 import csv
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
 from torch import nn
+from torch.distributed import TCPStore
 
 from models import Model, ModelSpec
+from tests.steps_of_ranks import become
+from utils import launch as launching
 from utils.checkpoint import build_checkpoint, load_checkpoint, save_checkpoint
 from utils.flags.train import parse_args
-from utils.launch import launch
 from utils.optim import ModelEma
 from utils.pruning.slimming import SparsityPenalty
 from utils.training.inputs import check_processes
 from utils.training.loaders import check_images_are_here
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAM = [sys.executable, "-m", "tests.steps_of_ranks"]
+PATIENCE = 240  # seconds until what hangs is killed
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+PROGRAM = ["-m", "tests.steps_of_ranks"]
+SPARSE = ["--bn_sparsity", "--optimizer", "AdamW", "--sparsity_rate", "auto"]
+
+
+# Eleven convolutions, one shortcut, two levels.
+SPEC = {
+    "nc": 3,
+    "depth_multiple": 1.0,
+    "width_multiple": 1.0,
+    "anchors": [[10, 13, 16, 30, 33, 23], [30, 61, 62, 45, 59, 60]],
+    "backbone": [
+        [-1, 1, "Conv", [8, 6, 2, 2]],
+        [-1, 1, "Conv", [16, 3, 2]],
+        [-1, 1, "C3", [16]],
+        [-1, 1, "Conv", [16, 3, 2]],
+    ],
+    "head": [[-1, 1, "Conv", [16, 3, 2]], [[3, 4], 1, "Detect", ["nc", "anchors"]]],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -38,13 +61,13 @@ def in_project(monkeypatch):
 
 
 @pytest.fixture
-def base(tiny_spec, tiny_dataset, tmp_path):
+def base(tiny_dataset, tmp_path):
     """Flags of a run of seconds on five images: the third batch of an epoch has but one."""
     for folder in (tiny_dataset.images, tiny_dataset.labels):
         source = next(folder.glob("c.*"))
         shutil.copy(source, source.with_stem("e"))
     cfg = tmp_path / "tiny.yaml"
-    cfg.write_text(yaml.safe_dump(tiny_spec))
+    cfg.write_text(yaml.safe_dump(SPEC))
     return [
         *("--data", str(tiny_dataset.yaml), "--cfg", str(cfg), "--weights", ""),
         *("--img", "64", "--batch", "2", "--workers", "0", "--device", "cpu", "--amp", "off"),
@@ -53,22 +76,22 @@ def base(tiny_spec, tiny_dataset, tmp_path):
 
 
 @pytest.fixture
-def stages(base, tiny_spec, tmp_path):
+def stages(base, tmp_path):
     """Command lines of all stages."""
     torch.manual_seed(7)
-    model = Model(ModelSpec.from_dict(tiny_spec))
+    model = Model(ModelSpec.from_dict(SPEC))
     names = ("disc", "box", "bar")
     save_checkpoint(tmp_path / "dense.pt", build_checkpoint(model, names))
     widths = {path: width - 1 for path, width in model.widths().items()}
     slim = Model(model.spec.with_widths(widths))
     save_checkpoint(tmp_path / "slim.pt", build_checkpoint(slim, names))
-    sparse = [*base, "--bn_sparsity", "--optimizer", "AdamW"]
+    proximal = [*base, *SPARSE, "--sparsity_mode", "proximal", "--sparsity_rate", "0.05"]
     tuned = [*base, "--weights", str(tmp_path / "slim.pt"), "--ft_pruned_model"]
     return {
         "dense": base,
         "rect": [*base, "--rect", "--batch", "4"],
-        "sparse": [*sparse, "--sparsity_rate", "auto"],
-        "proximal": [*sparse, "--sparsity_mode", "proximal", "--sparsity_rate", "0.05"],
+        "sparse": [*base, *SPARSE],
+        "proximal": proximal,
         "distilled": [*tuned, "--teacher", str(tmp_path / "dense.pt")],
     }
 
@@ -116,38 +139,6 @@ def results_of(run_dir):
         return list(csv.DictReader(file))
 
 
-def compare_steps(stages, tmp_path, count):
-    """What `steps_of_ranks` finds with so many processes."""
-    folder = tmp_path / f"of{count}"
-    folder.mkdir()
-    jobs = {
-        name: [*flags, "--project", str(folder), "--name", name] for name, flags in stages.items()
-    }
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    code = launch([*PROGRAM, str(folder / "jobs.json"), str(folder)], count)
-    assert code == 0
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(count)]
-
-
-@pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(stages, tmp_path):
-    """Gradients, rates, penalties, metrics; and only the first of them writes and speaks."""
-    (alone,), (first, second) = (compare_steps(stages, tmp_path, count) for count in (1, 2))
-    for name in stages:
-        assert len(alone["steps"][name]) >= 4
-        for one, a, b in zip(*(f["steps"][name] for f in (alone, first, second)), strict=True):
-            for what, expected in one.items():
-                assert torch.equal(a[what], b[what]), (name, what)
-                scale = expected.abs().max().item() if expected.numel() else 0
-                torch.testing.assert_close(
-                    a[what], expected, rtol=1e-5, atol=1e-6 * scale, msg=f"{name}: {what}"
-                )
-        assert_same_results(tmp_path / "of1" / name, tmp_path / "of2" / name)
-    assert any("results.csv" in path for path in first["written"])
-    assert second["written"] == []
-    assert (tmp_path / "of2/rank1.log").read_text() == ""
-
-
 def assert_same_results(one, other):
     for row, expected in zip(results_of(other), results_of(one), strict=True):
         assert {name: float(cell) for name, cell in row.items()} == pytest.approx(
@@ -155,51 +146,186 @@ def assert_same_results(one, other):
         ), one
 
 
-@pytest.mark.slow
-def test_a_killed_process_ends_the_others_and_torchrun_goes_on(stages, tmp_path):
-    """In the run's own folder, to what would have come without."""
-    flags = [*stages["sparse"], "--project", str(tmp_path)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    start = time.monotonic()
-    done = subprocess.run(
-        [*torchrun, "--max-restarts=1", *PROGRAM[1:], "kill", *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert time.monotonic() - start < 60
-    lost = f"another process of this training has ended .*--resume {tmp_path / 'exp'} goes on"
-    assert len(re.findall(lost, done.stderr)) == 1
-    assert done.stdout.count(f"resuming {tmp_path / 'exp'} in epoch 1") == 1
-    assert launch([*PROGRAM, "never", *flags, "--name", "whole"], 2) == 0
-    assert_same_results(tmp_path / "whole", tmp_path / "exp")
-    assert not (tmp_path / "exp2").exists()
+class Forked:
+    """In place of `subprocess.Popen`: a fork of a process that has loaded torch already.
+
+    What it says is in `rank*.log`.
+    """
+
+    def __init__(self, context, folder, command, env):
+        log = folder / f"rank{env['RANK']}.log"
+        self.process = context.Process(target=become, args=(command, env, log))
+        self.process.start()
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.process.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+class Ended(NamedTuple):
+    """How processes ended, and what they said."""
+
+    code: int
+    codes: list[int]
+    logs: list[str]
+
+
+@pytest.fixture(scope="module")
+def fork_server():
+    """What `Forked` is a fork of: a process that has loaded torch, and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    # The last is what any optimizer imports, for two seconds.
+    context.set_forkserver_preload([become.__module__, "torch._dynamo"])
+    yield context
+    multiprocessing.forkserver._forkserver._stop()
+
+
+@pytest.fixture
+def launch_forked(monkeypatch, fork_server):
+    """`launch`, but what hangs is killed."""
+
+    def start(command, count, folder):
+        processes = []
+
+        def fork(*args, **rest):
+            processes.append(Forked(fork_server, folder, *args, **rest))
+            return processes[-1]
+
+        def kill():
+            for process in processes:
+                process.kill()
+
+        monkeypatch.setattr(launching, "subprocess", SimpleNamespace(Popen=fork))
+        alarm = threading.Timer(PATIENCE, kill)
+        alarm.start()
+        code = launching.launch([*map(str, command)], count)
+        alarm.cancel()
+        logs = [(folder / f"rank{rank}.log").read_text() for rank in range(count)]
+        return Ended(code, [process.poll() for process in processes], logs)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def known():
+    """What `compare_steps` has found, by the number of processes."""
+    return {}
+
+
+@pytest.fixture
+def compare_steps(known, stages, tmp_path, launch_forked):
+    """A function: what all stages do with so many processes; trained once."""
+
+    def compare(count):
+        if count not in known:
+            folder = tmp_path / f"of{count}"
+            folder.mkdir()
+            jobs = {
+                name: [*flags, "--project", str(folder), "--name", name]
+                for name, flags in stages.items()
+            }
+            (folder / "jobs.json").write_text(json.dumps(jobs))
+            ended = launch_forked(["compare", folder / "jobs.json", folder], count, folder)
+            assert ended.code == 0, ended.logs
+            found = [torch.load(folder / f"rank{rank}.pt") for rank in range(count)]
+            known[count] = Compared(folder, found, ended.logs)
+        return known[count]
+
+    return compare
+
+
+class Compared(NamedTuple):
+    """What `steps_of_ranks` finds."""
+
+    folder: Path
+    found: list[dict]  # one a process
+    logs: list[str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mishap", "code", "said"),
-    [
-        ("stop", 143, "stopped by SIGTERM, saved after batch 2 of 3 of epoch 1; .*--resume {run}"),
-        ("fail", 1, "error: images: the drive has gone"),
-        ("nan", 3, "error: the loss is nan in epoch 1, batch 1 .*--resume {run}"),
-    ],
-)
+def test_two_processes_take_the_steps_of_one(stages, compare_steps):
+    """Gradients, rates, penalties, metrics; and only the first of them writes and speaks."""
+    one, two = compare_steps(1), compare_steps(2)
+    (alone,), (first, second) = one.found, two.found
+    for name in stages:
+        assert len(alone["steps"][name]) >= 4
+        for step, a, b in zip(*(f["steps"][name] for f in (alone, first, second)), strict=True):
+            for what, expected in step.items():
+                assert torch.equal(a[what], b[what]), (name, what)
+                scale = expected.abs().max().item() if expected.numel() else 0
+                torch.testing.assert_close(
+                    a[what], expected, rtol=1e-5, atol=1e-6 * scale, msg=f"{name}: {what}"
+                )
+        assert_same_results(one.folder / name, two.folder / name)
+    assert any("results.csv" in path for path in first["written"])
+    assert second["written"] == []
+    assert two.logs[1] == ""
+
+
+# The exit status of the command and of its processes, and what they say, once. One that is to end
+# may have been told so, by SIGTERM, when it was about to.
+TOLD = {143, -signal.SIGTERM}
+ENDS = {
+    "stop": (
+        143,
+        TOLD,
+        "stopped by SIGTERM, saved after batch 2 of 3 of epoch 1; .*--resume {run}",
+    ),
+    "fail": (1, {1, *TOLD}, "error: images: the drive has gone"),
+    "nan": (3, {3, *TOLD}, "error: the loss is nan in epoch 1, batch 1 .*--resume {run}"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mishap", ENDS)
 def test_what_ends_one_process_ends_all_and_is_said_once(
-    stages, tmp_path, capfd, monkeypatch, mishap, code, said
+    base, tmp_path, capfd, launch_forked, mishap
 ):
-    processes, popen = [], subprocess.Popen
-    monkeypatch.setattr(
-        subprocess,
-        "Popen",
-        lambda *args, **rest: processes.append(popen(*args, **rest)) or processes[-1],
-    )
-    start = time.monotonic()
-    assert launch([*PROGRAM, mishap, *stages["dense"], "--project", str(tmp_path)], 2) == code
-    # Whichever ends first: the other may have been told to end meanwhile.
-    assert {process.returncode for process in processes} <= {code, 143, -signal.SIGTERM}
-    assert time.monotonic() - start < 60
-    output = "".join(capfd.readouterr())
+    code, codes, said = ENDS[mishap]
+    ended = launch_forked([mishap, *base, "--project", tmp_path], 2, tmp_path)
+    assert ended.code == code
+    assert set(ended.codes) <= codes
+    assert ended.codes.count(-signal.SIGKILL) == 0  # by the launcher
+    output = "".join([*ended.logs, *capfd.readouterr()])
     assert len(re.findall(said.format(run=tmp_path / "exp"), output)) == 1, output
     assert "Traceback" not in output
     state = load_checkpoint(tmp_path / "exp/weights/last.pt")["training"]
     assert (state["epoch"], state["batches"]) == ((0, 2) if mishap == "stop" else (0, 0))
+
+
+@pytest.mark.slow
+def test_two_nodes_lose_a_process_and_go_on(base, tmp_path, compare_steps):
+    """In the run's own folder, to what one process would have come to without."""
+    whole = compare_steps(1).folder / "sparse"
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    node = [
+        *(*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1", "--rdzv-id=nodes"),
+        *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{store.port}"),
+        *("--rdzv-conf=is_host=0", "--local-addr=127.0.0.1"),
+        *(*PROGRAM, "kill second", *base, *SPARSE, "--project", str(tmp_path)),
+    ]
+    logs = [tmp_path / f"node{number}.log" for number in range(2)]
+    nodes = []
+    for log in logs:
+        with log.open("w") as file:
+            nodes.append(subprocess.Popen(node, stdout=file, stderr=subprocess.STDOUT))
+    alarm = threading.Timer(PATIENCE, lambda: [process.kill() for process in nodes])
+    alarm.start()
+    codes = [process.wait() for process in nodes]
+    alarm.cancel()
+    said = "".join(log.read_text() for log in logs)
+    assert codes == [0, 0], said[-3000:]
+    lost = f"another process of this training has ended .*--resume {tmp_path / 'exp'} goes on"
+    assert len(re.findall(lost, said)) == 1
+    assert said.count(f"resuming {tmp_path / 'exp'} in epoch 1") == 1
+    assert_same_results(whole, tmp_path / "exp")
+    assert not (tmp_path / "exp2").exists()
