@@ -76,6 +76,7 @@ MISHAPS: dict[str, list[int]] = {
     "stop": [1],
     "fail": [1],
     "nan": [0, 1],
+    "nan in second": [1],
 }
 
 

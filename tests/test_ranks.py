@@ -282,6 +282,7 @@ ENDS = {
     ),
     "fail": (1, {1, *TOLD}, "error: images: the drive has gone"),
     "nan": (3, {3, *TOLD}, "error: the loss is nan in epoch 1, batch 1 .*--resume {run}"),
+    "nan in second": (3, {3, *TOLD}, "error: the loss is nan in epoch 1, batch 1 .*--resume {run}"),
 }
 
 

@@ -42,9 +42,9 @@ def is_connected() -> bool:
 def connected() -> Iterator[None]:
     """Within the block the processes can talk to each other, if there are several.
 
-    An error is told by the first process that meets it; the others end without a word and with the
-    exit status of their own error, as any of them may be the first to have ended. That one has
-    lost another is said by the first of all.
+    An error is told by the first process that meets it; the others end without a word. That one
+    has lost another is said by the first of all. All end with the same exit status, as any of them
+    may be the first to have ended.
     """
     if devices.world_size() == 1:
         yield
@@ -68,12 +68,17 @@ def connected() -> Iterator[None]:
             raise
         raise SystemExit(130) from None
     except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if isinstance(error, ConnectionError) or is_lost_connection(error):
+        if is_lost_connection(error):
+            status = _told_status()
             if devices.rank() == 0:
-                raise ConnectionError(describe_lost_connection(error)) from None
-        elif _is_first_to_tell():
-            raise
-        raise SystemExit(NOT_FINITE if isinstance(error, FloatingPointError) else 1) from None
+                kind = FloatingPointError if status == NOT_FINITE else ConnectionError
+                raise kind(describe_lost_connection(error)) from None
+        else:
+            status = NOT_FINITE if isinstance(error, FloatingPointError) else 1
+            if _is_first_to_tell(status):
+                raise
+            status = _told_status()
+        raise SystemExit(status) from None
 
 
 def _meet(store: distributed.Store) -> distributed.Store:
@@ -112,8 +117,10 @@ def go_alone() -> None:
 
 def is_lost_connection(error: BaseException) -> bool:
     """Whether another process has ended, or cannot be reached."""
-    return isinstance(error, distributed.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error)
+    return (
+        isinstance(error, distributed.DistError)
+        or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        or str(error).startswith(LOST)
     )
 
 
@@ -123,12 +130,23 @@ def describe_lost_connection(error: BaseException) -> str:
     return text if text.startswith(LOST) else f"{LOST} ({text.splitlines()[0].split('. ')[0]})"
 
 
-def _is_first_to_tell() -> bool:
-    """Whether no other process has asked."""
+def _is_first_to_tell(status: int) -> bool:
+    """Whether no other process has asked; it will end with this status, and they with it."""
+    own = f"{status} {devices.rank()}"
     try:
-        return _Group.store is None or _Group.store.add("told", 1) == 1
+        return _Group.store is None or _Group.store.compare_set("told", "", own) == own.encode()
     except RuntimeError:  # it has gone with the first process
         return True
+
+
+def _told_status() -> int:
+    """The exit status of the process that told its error; 1 if none did."""
+    try:
+        if _Group.store is not None and _Group.store.check(["told"]):
+            return int(_Group.store.get("told").split()[0])
+    except RuntimeError:  # it has gone
+        pass
+    return 1
 
 
 def is_orphan() -> bool:
