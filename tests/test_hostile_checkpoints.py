@@ -280,7 +280,7 @@ DATA = {
     "set": (b"c__builtin__\nset\n](K\x01e\x85R", "refused, it holds a set"),
     "strange key": (b"}N]s", STRANGE_KEY),
     "key of tensors": (b"}" + tensor(b"K\x04", b"K\x04", b"K\x01") + b"K\x01s", STRANGE_KEY),
-    "lying storage": (tensor(b"J\x00\x00\x00\x40", b"K\x04", b"K\x01"), DAMAGED),
+    "lying storage": (tensor(b"J\x00\x00\x00\x40", b"K\x04", b"K\x01"), f"{DAMAGED}|{LARGER}"),
     "negative storage": (tensor(b"J\xff\xff\xff\xff", b"K\x04", b"K\x01"), DAMAGED),
     "expanded tensor": (tensor(b"K\x04", b"J\x00\x00\x00\x40", b"K\x00"), LARGER),
     "tensor beyond its storage": (tensor(b"K\x04", b"J\x00\x00\x00\x40", b"K\x01"), DAMAGED),
