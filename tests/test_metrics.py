@@ -113,6 +113,8 @@ def test_the_matching_of_a_batch_equals_that_of_each_image_in_turn(num_classes):
     at_half, at_95 = np.sum(num_right, 0)[[0, -1]]
     assert at_half > 2 * at_95 > 0
     assert match_detections([], []) == []
+    (nothing,) = match_detections([np.zeros((0, 6), np.float32)], [np.zeros((0, 5))])
+    assert nothing.shape == (0, len(IOU_THRESHOLDS))
 
 
 # --------------------------------------------------------------------------- average precision

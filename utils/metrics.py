@@ -43,15 +43,13 @@ def match_detections(
     pair, threshold = np.nonzero(iou[:, None] >= iou_thresholds)
     detection = detection[pair] * num_thresholds + threshold
     label = label[pair] * num_thresholds + threshold
-    correct = np.zeros(sum(sizes) * num_thresholds, bool)
-    free = np.ones(sum(map(len, labels)) * num_thresholds, bool)
-    while len(detection):
-        # No more confident one can take the label, and no better one is left for the detection.
-        agreed = _is_first(detection, len(correct)) & _is_first(label, len(free))
-        correct[detection[agreed]], free[label[agreed]] = True, False
-        left = ~correct[detection] & free[label]
-        detection, label = detection[left], label[left]
-    return np.split(correct.reshape(-1, num_thresholds), np.cumsum(sizes))[:-1]
+    correct = bytearray(sum(sizes) * num_thresholds)
+    taken = bytearray(sum(map(len, labels)) * num_thresholds)
+    for one, other in zip(detection.tolist(), label.tolist(), strict=True):
+        if not correct[one] and not taken[other]:
+            correct[one] = taken[other] = True
+    matched = np.frombuffer(correct, bool).reshape(-1, num_thresholds)
+    return np.split(matched, np.cumsum(sizes))[:-1]
 
 
 def _pairs_by_choice(
@@ -75,13 +73,6 @@ def _pairs_by_choice(
     detection, label, confidence, iou = map(np.concatenate, zip(*parts, strict=True))
     order = np.lexsort((-iou, detection, -confidence))  # stable: of equal labels the first
     return detection[order], label[order], iou[order]
-
-
-def _is_first(values: np.ndarray, size: int) -> np.ndarray:
-    """Which of the numbers, below `size`, have not occurred before them; bool, as many."""
-    positions, first = np.arange(len(values)), np.full(size, len(values))
-    np.minimum.at(first, values, positions)
-    return first[values] == positions
 
 
 def _one_to_one(row: np.ndarray, column: np.ndarray, iou: np.ndarray) -> list[int]:
