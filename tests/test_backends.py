@@ -421,6 +421,41 @@ def test_memory_that_runs_out_is_no_fault_of_the_file(model, tmp_path, monkeypat
         network(pictures(1))
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Expand "
+            "node. Name:'/x' Status Message: arena.cc:376 Failed to allocate memory for requested "
+            "buffer of size 384000000000",
+            MemoryError,
+        ),
+        ("in the TorchScript interpreter.\nRuntimeError: CUDA out of memory. Tried", MemoryError),
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Reshape "
+            "node. Name:'/x' Status Message: helper.h:47 the input cannot be reshaped",
+            ValueError,
+        ),
+    ],
+)
+def test_what_runtimes_say_is_understood(model, tmp_path, monkeypatch, error, expected):
+    def fail(_):
+        raise RuntimeError(error)
+
+    network = load_network(export(model, "torchscript", tmp_path), CPU)
+    monkeypatch.setattr(network, "infer", fail)
+    remedy = "smaller --batch-size" if expected is MemoryError else "cannot be reshaped.*export the"
+    with pytest.raises(expected, match=rf"{network.path.name}: .*{remedy}"):
+        network(pictures(1))
+
+
+def test_a_file_that_gives_no_tensor(model, tmp_path, monkeypatch):
+    network = load_network(export(model, "torchscript", tmp_path), CPU)
+    monkeypatch.setattr(network, "infer", lambda images: (images, images))
+    with pytest.raises(ValueError, match="gives a tuple where one tensor is expected"):
+        network(pictures(1))
+
+
 def test_damaged_packing_of_torchscript(model, tmp_path):
     path = export(model, "torchscript", tmp_path)
     with zipfile.ZipFile(path) as archive:

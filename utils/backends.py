@@ -33,6 +33,8 @@ OPENVINO_SUFFIX = "_openvino_model"
 OPENVINO_INFO = "yolov5_slim"  # our section of the rt_info
 TORCHSCRIPT_EXTRA = "config.txt"  # the name under which stock YOLOv5 programs look
 ENGINE_LENGTH = struct.Struct("<I")  # an engine file: length, metadata as JSON, the engine
+# What runtimes say that have no class of error for it, or hide it in one of another kind.
+OUT_OF_MEMORY = ("out of memory", "Failed to allocate memory", "bad_alloc", "bad allocation")
 FORMATS = "a .pt, .onnx, .torchscript or .engine file or a *_openvino_model folder"
 
 
@@ -192,7 +194,16 @@ class ExportedNetwork(Network):
         except Exception as error:  # each runtime has errors of its own
             if isinstance(error, MemoryError) or is_out_of_memory(error):
                 raise
-            raise InferenceError(self.path, f"its runtime fails ({_last_words(error)})") from None
+            words = _last_words(error)
+            if any(sign in str(error) for sign in OUT_OF_MEMORY):
+                raise MemoryError(
+                    f"{self.path}: memory does not suffice ({words}); "
+                    "try a smaller --batch-size or --imgsz"
+                ) from error
+            raise InferenceError(self.path, f"its runtime fails ({words})") from error
+        if not isinstance(output, Tensor):
+            kind = type(output).__name__
+            raise InferenceError(self.path, f"gives a {kind} where one tensor is expected")
         size, width = len(images), 6 if self.has_nms else 5 + len(self.names)
         shape = list(output.shape)
         if shape != [size, *shape[1:2], width] or output.dtype != torch.float32:
@@ -409,6 +420,8 @@ def _last_words(error: Exception) -> str:
     """The first sentence of the last line: before it runtimes name places in their programs."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     words = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[-1]) if lines else repr(error)
+    # ONNX Runtime names the node first; and the place in its program, of which it is the last part.
+    words = words.partition("Status Message: ")[2] or words
     return words.split(". ")[0][:200]
 
 
