@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import utils.flags
-from utils.command import OLDEST_TORCH, out_of_memory_advice, run_command
+from utils.command import OLDEST_TORCH, out_of_memory_advice, printable, run_command
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,27 @@ def test_memory_of_a_cpu_runs_out_in_one_line():
         r"error: DefaultCPUAllocator: .* 40000000000000000 bytes.*; try a smaller --batch-size .*",
         str(caught.value),
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\nb\x1b[2J\x9b\udce9", r"a\nb\x1b[2J\x9b\udce9"),
+        ("exe\u202egpj\u2028", r"exe\u202egpj\u2028"),
+        # Names that people give: of macOS, Japanese, Persian, a family.
+        *[
+            (name, name)
+            for name in (
+                "9.41\u202fAM",
+                "\u732b\u3000x",
+                "\u0645\u06cc\u200c\u0631",
+                "\U0001f468\u200d\U0001f467",
+            )
+        ],
+    ],
+)
+def test_only_what_a_terminal_obeys_is_escaped(text, expected):
+    assert printable(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+import unicodedata
 from collections.abc import Callable
 
 # What to do about an error of the system.
@@ -20,6 +21,8 @@ REMEDIES = {
     ),
 }
 
+
+TURNS = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 OLDEST_TORCH = (2, 6)
 
@@ -90,7 +93,15 @@ def describe_os_error(error: OSError) -> str:
 
 def printable(text: str) -> str:
     """In one line: what a terminal would obey in a file name is written with a backslash."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if _is_obeyed(c) else c for c in text)
+
+
+def _is_obeyed(character: str) -> bool:
+    """Control characters, ends of lines and of paragraphs, and what turns the direction of text."""
+    kinds = ("Cc", "Cs", "Zl", "Zp")
+    return unicodedata.category(character) in kinds or character in TURNS
 
 
 class PrintableRecord(logging.LogRecord):
