@@ -1,4 +1,7 @@
-"""A training step reads nothing back from the device, so a GPU never has to be waited for.
+"""What a training step is made of reads nothing back from the device: a GPU is not waited for.
+
+Network, losses, gradients, penalty, optimizer and average; the lines of train.py around them,
+copies to the device, autocast and loss scaling are not in it.
 
 The device here is `meta`, whose tensors have a shape but no numbers: whatever would copy one to the
 CPU, or needs the numbers to know the size of a result, fails.
