@@ -30,7 +30,8 @@ from utils.checkpoint import load_detector
 from utils.command import run_command
 from utils.device import describe_device, select_device
 from utils.metrics import fitness
-from utils.plots import draw, plot_stage_table
+from utils.plots.figures import draw
+from utils.plots.pruning import plot_stage_table
 from utils.profile import compare_latency, count_gflops, count_parameters
 from utils.run_dir import new_run_dir, read_results, write_text_atomic
 

@@ -37,7 +37,7 @@ from utils.device import describe_device, select_device
 from utils.downloads import find_weights
 from utils.output_names import safe_name, stem_for_numbers, unique_stems
 from utils.pipeline import DetectionSettings, Pipeline, check_half
-from utils.plots import annotate
+from utils.plots.images import annotate
 from utils.run_dir import new_run_dir, save_options
 from utils.sources import Frame, FrameReader, Sources, describe_address, find_sources
 from utils.video_writer import VideoWriter

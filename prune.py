@@ -50,13 +50,9 @@ from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, check_class_names
 from utils.flags.checks import flag_of
 from utils.image_files import read_image
-from utils.plots import (
-    draw,
-    plot_detections_pair,
-    plot_importance_threshold,
-    plot_layer_widths,
-    plot_sweep,
-)
+from utils.plots.figures import draw
+from utils.plots.images import plot_detections_pair
+from utils.plots.pruning import plot_importance_threshold, plot_layer_widths, plot_sweep
 from utils.profile import Latency, compare_latency, count_gflops, count_parameters
 from utils.pruning.channel_groups import find_channel_groups
 from utils.pruning.keep_masks import KeepMasks, suggested_percent

@@ -61,14 +61,14 @@ from utils.device import count_loader_processes, describe_device, select_device
 from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, check_class_names, evaluate
 from utils.output_names import unique_stems
-from utils.plots import (
-    draw,
-    plot_batch,
+from utils.plots.evaluation import (
     plot_confidence_curve,
     plot_confusion_matrix,
     plot_pr_curve,
     plot_study,
 )
+from utils.plots.figures import draw
+from utils.plots.images import plot_batch
 from utils.profile import count_gflops, count_parameters
 from utils.run_dir import new_run_dir, save_options, write_text_atomic
 from utils.yolo_text import write_text

@@ -21,7 +21,8 @@ from typing import Any
 
 from PIL import Image
 
-from utils import plots, profile
+from utils import profile
+from utils.plots import figures
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def save_time() -> None:
     def quick_picture(_: Any, *values: Any, **__: Any) -> None:
         Image.new("RGB", (1, 1)).save([value for value in values if isinstance(value, Path)][-1])
 
-    profile.compare_latency, plots.draw = quick_latency, quick_picture
+    profile.compare_latency, figures.draw = quick_latency, quick_picture
 
 
 def run(words: list[str]) -> dict:

@@ -8,7 +8,29 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 
-from utils import plots
+from utils.plots.evaluation import (
+    plot_confidence_curve,
+    plot_confusion_matrix,
+    plot_pr_curve,
+    plot_study,
+)
+from utils.plots.figures import class_colour, class_name, draw
+from utils.plots.images import _fit, _font, plot_batch, plot_detections_pair
+from utils.plots.pruning import (
+    _bins_with_edge,
+    _spaced_ticks,
+    plot_importance_threshold,
+    plot_layer_widths,
+    plot_stage_table,
+    plot_sweep,
+)
+from utils.plots.training import (
+    _group_into_panels,
+    _share_below,
+    plot_gamma_history,
+    plot_labels,
+    plot_results,
+)
 from utils.run_dir import ResultsCsv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +50,7 @@ def _pixels(path: Path) -> np.ndarray:
 
 
 def test_plots_need_no_display_and_no_pyplot():
-    code = "import sys, utils.plots; print('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, utils.plots.training; print('matplotlib.pyplot' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "False"
 
@@ -42,16 +64,16 @@ def test_names_are_shown_literally(tmp_path):
     num, x = len(HOSTILE_NAMES), np.linspace(0, 1, 5)
     boxes = np.column_stack([np.arange(num), np.full((num, 4), 0.5)])
     curves = np.full((num, 5), 0.5)
-    plots.plot_labels(boxes, HOSTILE_NAMES, tmp_path / "labels.png")
-    plots.plot_pr_curve(x, curves, np.ones(num), HOSTILE_NAMES, tmp_path / "pr.png")
-    plots.plot_confidence_curve(x, curves, HOSTILE_NAMES, tmp_path / "p.png", quantity="precision")
-    plots.plot_confusion_matrix(np.eye(num + 1), HOSTILE_NAMES, tmp_path / "matrix.png")
-    plots.plot_study({name: [(640, 1.0, 0.1)] for name in HOSTILE_NAMES[:-1]}, tmp_path / "s.png")
-    plots.plot_stage_table([{"stage": "train"}], tmp_path / "t.png", title=HOSTILE_NAMES[0])
+    plot_labels(boxes, HOSTILE_NAMES, tmp_path / "labels.png")
+    plot_pr_curve(x, curves, np.ones(num), HOSTILE_NAMES, tmp_path / "pr.png")
+    plot_confidence_curve(x, curves, HOSTILE_NAMES, tmp_path / "p.png", quantity="precision")
+    plot_confusion_matrix(np.eye(num + 1), HOSTILE_NAMES, tmp_path / "matrix.png")
+    plot_study({name: [(640, 1.0, 0.1)] for name in HOSTILE_NAMES[:-1]}, tmp_path / "s.png")
+    plot_stage_table([{"stage": "train"}], tmp_path / "t.png", title=HOSTILE_NAMES[0])
     targets = np.column_stack([np.zeros(num), boxes])
     paths = [f"/where/{name}.jpg" for name in HOSTILE_NAMES]
     images = np.zeros((num, 3, 64, 64), np.uint8)
-    plots.plot_batch(images, targets, paths, HOSTILE_NAMES, tmp_path / "batch.png")
+    plot_batch(images, targets, paths, HOSTILE_NAMES, tmp_path / "batch.png")
     assert len(list(tmp_path.iterdir())) == 7
 
 
@@ -68,7 +90,7 @@ def test_names_are_shown_literally(tmp_path):
     ],
 )
 def test_a_name_in_a_figure(name, shown):
-    text = Text(0, 0, plots._class_name(name))
+    text = Text(0, 0, class_name(name))
     what, is_formula = text._preprocess_math(text.get_text())
     assert (what, is_formula) == (shown, False)
 
@@ -78,23 +100,23 @@ def test_a_picture_that_fails_is_one_warning(caplog, kind):
     def plot_nothing(*_, **__):
         raise kind("first\nsecond")
 
-    plots.draw(plot_nothing, 1, key=2)
+    draw(plot_nothing, 1, key=2)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.message == "warning: plot_nothing failed, the picture is missing: first"
 
 
 def test_draw_hands_on_what_it_gets(tmp_path, caplog):
-    plots.draw(plots.plot_stage_table, [], tmp_path / "a.png", title="empty")
-    plots.draw(plots.plot_stage_table, [], tmp_path / "none" / "a.png")
+    draw(plot_stage_table, [], tmp_path / "a.png", title="empty")
+    draw(plot_stage_table, [], tmp_path / "none" / "a.png")
     assert (tmp_path / "a.png").is_file()
     assert "plot_stage_table failed" in caplog.text
     with pytest.raises(TypeError):
-        plots.draw(plots.plot_stage_table, wrong=1)
+        draw(plot_stage_table, wrong=1)
 
 
 def test_class_colours_differ():
-    assert len({plots.class_colour(cls) for cls in range(80)}) == 80
+    assert len({class_colour(cls) for cls in range(80)}) == 80
 
 
 @pytest.mark.parametrize("num_epochs", [0, 1, 3, 40])
@@ -103,7 +125,7 @@ def test_plot_results(tmp_path, num_epochs):
     for epoch in range(num_epochs):
         values = {"train/box_loss": 1 / (epoch + 1), "val/box_loss": float("nan")}
         results.append(epoch, values | {"metrics/mAP_0.5": 0.1, "new/thing": epoch})
-    plots.plot_results(tmp_path / "results.csv", tmp_path / "results.png")
+    plot_results(tmp_path / "results.csv", tmp_path / "results.png")
     assert _is_picture(tmp_path / "results.png")
 
 
@@ -120,7 +142,7 @@ def test_every_column_with_a_number_gets_a_panel():
         "strange": [1.0],
         "empty": [float("nan")],
     }
-    panels = dict(plots._group_into_panels(columns))
+    panels = dict(_group_into_panels(columns))
     shown = [name for names in panels.values() for name in names]
     assert sorted(shown) == sorted(set(columns) - {"empty"})
     assert panels["box loss"] == ["train/box_loss", "val/box_loss"]
@@ -141,7 +163,7 @@ def test_plot_labels(tmp_path, num_boxes, num_classes):
     rng = np.random.default_rng(0)
     boxes = rng.uniform(0, 0.9, (num_boxes, 5))
     boxes[:, 0] = rng.integers(0, num_classes, num_boxes)
-    plots.plot_labels(boxes, [f"class {i}" for i in range(num_classes)], tmp_path / "labels.jpg")
+    plot_labels(boxes, [f"class {i}" for i in range(num_classes)], tmp_path / "labels.jpg")
     assert _is_picture(tmp_path / "labels.jpg")
 
 
@@ -152,11 +174,11 @@ def _grey_batch(num_images: int, height: int = 64, width: int = 96) -> torch.Ten
 def test_plot_batch_draws_targets_where_they_are(tmp_path):
     targets = torch.tensor([[1, 2, 0.5, 0.5, 0.5, 0.5]])
     paths = ["some/where/a.jpg", "b.jpg"]
-    plots.plot_batch(_grey_batch(2), targets, paths, NAMES, tmp_path / "batch.png")
+    plot_batch(_grey_batch(2), targets, paths, NAMES, tmp_path / "batch.png")
     pixels = _pixels(tmp_path / "batch.png")
     height, width, _ = pixels.shape
     assert (height, width) == (64 * 4, 2 * 96 * 4)
-    colour = np.abs(pixels - plots.class_colour(2)).sum(2) < 30
+    colour = np.abs(pixels - class_colour(2)).sum(2) < 30
     rows, columns = np.nonzero(colour)
     assert columns.min() == pytest.approx(96 * 4 * 1.25, abs=3)
     assert columns.max() == pytest.approx(96 * 4 * 1.75, abs=3)
@@ -168,20 +190,20 @@ def test_plot_batch_draws_the_same_box_for_detections(tmp_path):
         torch.zeros(0, 6),
         torch.tensor([[24.0, 16, 72, 48, 0.9, 2], [0, 0, 9, 9, 0.1, 0]]),
     ]
-    plots.plot_batch(_grey_batch(2), detections, ["a", "b"], NAMES, tmp_path / "pred.png")
+    plot_batch(_grey_batch(2), detections, ["a", "b"], NAMES, tmp_path / "pred.png")
     pixels = _pixels(tmp_path / "pred.png")
-    colour = np.abs(pixels - plots.class_colour(2)).sum(2) < 30
+    colour = np.abs(pixels - class_colour(2)).sum(2) < 30
     assert np.nonzero(colour)[1].min() == pytest.approx(96 * 4 * 1.25, abs=3)
-    below_min_conf = np.abs(pixels - plots.class_colour(0)).sum(2) < 30
+    below_min_conf = np.abs(pixels - class_colour(0)).sum(2) < 30
     assert not below_min_conf.any()
 
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_the_surest_detection_lies_on_top(tmp_path, order):
     found = torch.tensor([[24.0, 16, 72, 48, 0.9, 2], [24, 16, 72, 48, 0.3, 0]])
-    plots.plot_batch(_grey_batch(1), [found[order]], ["a"], NAMES, tmp_path / "pred.png")
+    plot_batch(_grey_batch(1), [found[order]], ["a"], NAMES, tmp_path / "pred.png")
     frame = _pixels(tmp_path / "pred.png")[32 * 4, 24 * 4 : 24 * 4 + 2]
-    assert (np.abs(frame - plots.class_colour(2)).sum(1) < 30).all()
+    assert (np.abs(frame - class_colour(2)).sum(1) < 30).all()
 
 
 @pytest.mark.parametrize(
@@ -197,14 +219,14 @@ def test_plot_batch_edges(tmp_path, num_images, boxes):
     paths = ["a very long file name " * 9 + ".jpg"] * num_images
     before = _grey_batch(num_images)
     images = before.clone()
-    plots.plot_batch(images, boxes, paths, NAMES, tmp_path / "batch.jpg")
+    plot_batch(images, boxes, paths, NAMES, tmp_path / "batch.jpg")
     assert _is_picture(tmp_path / "batch.jpg")
     assert torch.equal(images, before)
 
 
 def test_plot_batch_takes_float_images(tmp_path):
     images = _grey_batch(2).float() / 255
-    plots.plot_batch(images, torch.zeros(0, 6), ["a", "b"], NAMES, tmp_path / "batch.png")
+    plot_batch(images, torch.zeros(0, 6), ["a", "b"], NAMES, tmp_path / "batch.png")
     assert abs(_pixels(tmp_path / "batch.png")[20, 20] - 114).max() <= 1
 
 
@@ -214,15 +236,15 @@ def test_curves_and_confusion_matrix(tmp_path, num_classes):
     names = [f"class {i}" for i in range(num_classes)]
     x, curves = np.linspace(0, 1, 50), rng.uniform(0, 1, (num_classes, 50))
     matrix = rng.integers(0, 9, (num_classes + 1, num_classes + 1))
-    plots.plot_pr_curve(x, curves, curves.mean(1), names, tmp_path / "pr.png")
-    plots.plot_confidence_curve(x, curves, names, tmp_path / "f1.png", quantity="F1")
-    plots.plot_confusion_matrix(matrix, names, tmp_path / "cm.png")
+    plot_pr_curve(x, curves, curves.mean(1), names, tmp_path / "pr.png")
+    plot_confidence_curve(x, curves, names, tmp_path / "f1.png", quantity="F1")
+    plot_confusion_matrix(matrix, names, tmp_path / "cm.png")
     assert all(_is_picture(tmp_path / name) for name in ("pr.png", "f1.png", "cm.png"))
 
 
 def test_plot_study(tmp_path):
     curves = {"dense": [(640, 9.0, 0.4), (320, 3.0, 0.3)], "slim": [(320, 2.0, 0.2)]}
-    plots.plot_study(curves, tmp_path / "study.png")
+    plot_study(curves, tmp_path / "study.png")
     assert _is_picture(tmp_path / "study.png")
 
 
@@ -230,7 +252,7 @@ def test_plot_study(tmp_path):
 def test_plot_gamma_history(tmp_path, num_epochs, num_layers):
     rows = np.sort(np.random.default_rng(0).uniform(0, 1, (num_epochs, 11)), axis=1)
     layers = {f"model.{i}.bn": rows for i in range(num_layers)}
-    plots.plot_gamma_history(range(num_epochs), rows, layers, tmp_path / "bn_gamma.png")
+    plot_gamma_history(range(num_epochs), rows, layers, tmp_path / "bn_gamma.png")
     assert _is_picture(tmp_path / "bn_gamma.png")
 
 
@@ -239,13 +261,13 @@ def test_plot_gamma_history(tmp_path, num_epochs, num_layers):
 )
 def test_share_below_reads_the_quantiles(threshold, expected):
     levels = np.linspace(0, 1, 11)
-    assert plots._share_below(threshold, levels, levels) == pytest.approx(expected)
+    assert _share_below(threshold, levels, levels) == pytest.approx(expected)
 
 
 def test_share_below_sees_exact_zeros():
     levels = np.linspace(0, 1, 11)
     quantiles = np.array([0, 0, 0, 0, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1])
-    assert plots._share_below(1e-3, levels, quantiles) == pytest.approx(0.3, abs=0.001)
+    assert _share_below(1e-3, levels, quantiles) == pytest.approx(0.3, abs=0.001)
 
 
 def test_plot_stage_table(tmp_path):
@@ -253,8 +275,8 @@ def test_plot_stage_table(tmp_path):
         {"stage": "train", "map50": 0.7, "parameters": 1_765_270, "latency_ms": float("nan")},
         {"stage": "prune", "map50": 0.6, "parameters": 900_000, "gflops": 2.0},
     ]
-    plots.plot_stage_table(rows, tmp_path / "stages.png", title="yolov5n")
-    plots.plot_stage_table([], tmp_path / "empty.png")
+    plot_stage_table(rows, tmp_path / "stages.png", title="yolov5n")
+    plot_stage_table([], tmp_path / "empty.png")
     assert _is_picture(tmp_path / "stages.png")
     assert (tmp_path / "empty.png").stat().st_size > 0
 
@@ -279,19 +301,19 @@ def _sweep_rows(scores) -> list[dict]:
     ],
 )
 def test_plot_sweep(tmp_path, scores, knee):
-    plots.plot_sweep(_sweep_rows(scores), knee, tmp_path / "sweep.png")
+    plot_sweep(_sweep_rows(scores), knee, tmp_path / "sweep.png")
     assert _is_picture(tmp_path / "sweep.png")
 
 
 def test_plot_sweep_finds_the_knee_in_any_order(tmp_path):
     rows = _sweep_rows([0.9, 0.9, 0.89, 0.1])
-    plots.plot_sweep(rows, 2, tmp_path / "a.png")
-    plots.plot_sweep(rows[::-1], 1, tmp_path / "b.png")
+    plot_sweep(rows, 2, tmp_path / "a.png")
+    plot_sweep(rows[::-1], 1, tmp_path / "b.png")
     assert np.array_equal(_pixels(tmp_path / "a.png"), _pixels(tmp_path / "b.png"))
 
 
 def test_sweep_ticks_keep_apart():
-    places, labels = plots._spaced_ticks(
+    places, labels = _spaced_ticks(
         np.array([0.0, 40.0, 41.0, 80.0]), np.array([0, 0.3, 0.31, 0.625]), 80.0
     )
     assert (places, labels) == ([0, 40, 80], ["0", "30", "62.5"])
@@ -302,7 +324,7 @@ def test_sweep_ticks_keep_apart():
 def test_plot_layer_widths(tmp_path, num_layers):
     before = np.random.default_rng(0).integers(16, 1280, num_layers)
     paths = [f"_{n}.m.0.cv1$x^$" for n in range(num_layers)]
-    plots.plot_layer_widths(paths, before, before // 2, tmp_path / "widths.png")
+    plot_layer_widths(paths, before, before // 2, tmp_path / "widths.png")
     assert _is_picture(tmp_path / "widths.png")
 
 
@@ -322,14 +344,14 @@ def test_plot_layer_widths(tmp_path, num_layers):
 )
 def test_plot_importance_threshold(tmp_path, gamma, threshold):
     kept = np.arange(len(gamma)) % 2 == 0
-    plots.plot_importance_threshold(gamma, kept, threshold, tmp_path / "gamma.png")
+    plot_importance_threshold(gamma, kept, threshold, tmp_path / "gamma.png")
     assert _is_picture(tmp_path / "gamma.png")
 
 
 @pytest.mark.parametrize("line", [None, -1.23, 0.001, -9.0])
 def test_bins_hold_everything_and_break_at_the_threshold(line):
     low, high = -2.0, 0.7
-    edges = plots._bins_with_edge(low, high, 0.1, line)
+    edges = _bins_with_edge(low, high, 0.1, line)
     assert (np.diff(edges) > 0).all()
     assert edges[0] <= low
     assert edges[-1] > high
@@ -341,12 +363,11 @@ def test_plot_detections_pair_draws_both_sides(tmp_path):
     image = np.full((60, 90, 3), 114, np.uint8)
     left = torch.tensor([[10.0, 10, 50, 50, 0.9, 1], [0, 0, 9, 9, 0.1, 0]])
     right = [[30.0, 10, 80, 50, 0.9, 2]]
-    plots.plot_detections_pair(image, left, right, NAMES, ("dense", "slim"), tmp_path / "pair.png")
+    plot_detections_pair(image, left, right, NAMES, ("dense", "slim"), tmp_path / "pair.png")
     pixels = _pixels(tmp_path / "pair.png")
     scale = 4.0  # small images are enlarged, four times at most
     columns = [
-        np.nonzero((np.abs(pixels - plots.class_colour(cls)).sum(2) < 30).any(0))[0]
-        for cls in range(3)
+        np.nonzero((np.abs(pixels - class_colour(cls)).sum(2) < 30).any(0))[0] for cls in range(3)
     ]
     second = pixels.shape[1] - 90 * scale
     assert len(columns[0]) == 0  # below min_conf
@@ -362,14 +383,14 @@ def test_plot_detections_pair_edges(tmp_path, image_hw, suffix):
     image = np.zeros((*image_hw, 3), np.uint8)
     out = tmp_path / f"pair{suffix}"
     titles = ("a very long title " * 20, "two\nlines")
-    plots.plot_detections_pair(image, [], torch.zeros(0, 6), NAMES, titles, out)
+    plot_detections_pair(image, [], torch.zeros(0, 6), NAMES, titles, out)
     with Image.open(out) as picture:
         assert max(picture.size) <= 2000
 
 
 def test_a_title_keeps_its_number():
-    font = plots._font(12)
-    text = plots._fit("a long title", font, 90, ": 12 boxes")
+    font = _font(12)
+    text = _fit("a long title", font, 90, ": 12 boxes")
     assert text.endswith("…: 12 boxes")
     assert font.getlength(text) <= 90
-    assert plots._fit("a", font, 900, ": 1 box") == "a: 1 box"
+    assert _fit("a", font, 900, ": 1 box") == "a: 1 box"

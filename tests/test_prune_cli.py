@@ -20,7 +20,7 @@ from utils import profile
 from utils.checkpoint import build_checkpoint, load_detector, save_checkpoint, save_final
 from utils.config import load_yaml
 from utils.evaluate import evaluate as real_evaluate
-from utils.plots import draw
+from utils.plots.figures import draw
 from utils.profile import Latency, count_gflops, count_parameters
 from utils.profile import compare_latency as real_compare_latency
 from utils.pruning import trials

@@ -22,13 +22,15 @@ import yaml
 import train
 from models import Model, ModelSpec
 from utils import device as devices
-from utils import plots, ranks
+from utils import ranks
 from utils.checkpoint import build_checkpoint, load_checkpoint, load_detector, save_checkpoint
 from utils.config import load_hyperparameters
 from utils.evaluate import EvaluationResult, evaluate
 from utils.evolve import read_history
 from utils.loss import DetectionLoss, LossSettings
 from utils.optim import ModelEma, Schedule, build_optimizer
+from utils.plots.images import plot_batch
+from utils.plots.training import plot_labels, plot_results
 from utils.pruning import slimming
 from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorms
 from utils.pruning.verdict import History
@@ -1079,8 +1081,8 @@ def test_the_first_step_does_not_wait_for_pictures(base, monkeypatch):
 
     monkeypatch.setattr(train, "optimizer_step", step)
     monkeypatch.setattr(report, "draw", lambda function, *_: done.append(function.__name__))
-    for name in ("plot_labels", "plot_batch", "plot_results"):
-        monkeypatch.setattr(report, name, getattr(plots, name))
+    for function in (plot_labels, plot_batch, plot_results):
+        monkeypatch.setattr(report, function.__name__, function)
     train.main([*base, "--epochs", "2", "--nominal-batch", "2"])
     assert done == [
         *("step", "plot_labels", "plot_batch", "step", "plot_batch", "step", "step"),

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from utils.dataset import Batch
-from utils.plots import draw, plot_batch
+from utils.plots.figures import draw
+from utils.plots.images import plot_batch
 from utils.run_dir import write_text_atomic
 
 NAMED_FILES = 4  # of a batch, in a message

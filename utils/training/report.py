@@ -14,7 +14,9 @@ from utils import device as devices
 from utils.checkpoint import load_checkpoint, save_final
 from utils.dataset import Batch, Loader, Split
 from utils.evaluate import EvaluationResult
-from utils.plots import draw, plot_batch, plot_gamma_history, plot_labels, plot_results
+from utils.plots.figures import draw
+from utils.plots.images import plot_batch
+from utils.plots.training import plot_gamma_history, plot_labels, plot_results
 from utils.profile import count_gflops, count_parameters
 from utils.pruning.slimming import gamma_statistics, prunable_batchnorms
 from utils.run_dir import ResultsCsv
