@@ -8,8 +8,10 @@
 PYTHON ?= python3
 # more arguments for pip, for example PIP_FLAGS='--no-index --find-links wheels'
 PIP_FLAGS ?=
-# more arguments for demo.py and pytest
+# more arguments for demo.py and pytest; -n 0 tests in one process, as --pdb needs
 ARGS ?=
+# processes that test, each a file at a time
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +23,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python demo.py $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(BIN)/python -m pytest -m "" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,27 +1,35 @@
 """Fixtures shared by all tests: a tiny network, a four-image data set, the optional test data."""
 
 import contextlib
+import gc
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import pytest
 
+# The networks here are so small that a second thread waits more than it computes, and `make test`
+# has a process for each core. Commands that tests start inherit this.
+os.environ["OMP_NUM_THREADS"] = "1"
 # On a busy machine threads that spin while they wait take the cores from those they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
+
+from utils import heap
 
 # What a test imports must not report that, from forks of this process: see `import_runtime`.
 sys.modules["openvino_telemetry"] = None
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
 cv2.setNumThreads(1)
 # What runs in the background, or under nohup, starts deaf to these, and so do its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,13 +49,45 @@ class TinyDataset(NamedTuple):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what asks for a GPU where there is none."""
+    """Put files with slow tests first, and skip what asks for a GPU where there is none.
+
+    Of several processes, a file each, one would else end with a long file while the others wait.
+    """
+    slow_files = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow_files)
     if torch.cuda.is_available():
         return
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(no_gpu)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    """Escape what UTF-8 cannot hold, such as names of undecodable files: xdist cannot send it."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
+
+
+# A full collection takes a quarter of a second among the objects of all libraries and tests, and
+# `heap.settled` makes two for each training. So the fixture below does its work, once a file.
+heap.gc = SimpleNamespace(collect=gc.collect, freeze=lambda: None, unfreeze=lambda: None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled() -> None:
+    """The garbage collector passes over all objects of before the file."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let Python end with a collection of all: libraries report what is left as leaks."""
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -134,12 +174,24 @@ def tiny_dataset(tmp_path: Path) -> TinyDataset:
 
 
 @pytest.fixture
-def one_thread():
-    """Networks as small as these only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def two_threads():
+    """For what must not depend on them."""
+    torch.set_num_threads(2)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    """A context whose processes are forks of one that has loaded torch, and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    # The last is what any optimizer imports, for two seconds.
+    context.set_forkserver_preload(["tests.steps_of_ranks", "torch._dynamo"])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(PROJECT_ROOT)  # where it finds the first
+        multiprocessing.forkserver.ensure_running()
+    yield context
+    multiprocessing.forkserver._forkserver._stop()
 
 
 class Ended(NamedTuple):

@@ -10,6 +10,7 @@ a fork of this process, so that torch is loaded once: Linux only.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # what any optimizer and NMS import, for two seconds: here once for all forks
+import torchvision.ops  # noqa: F401
 
 import train
 import val
@@ -40,6 +43,7 @@ def main() -> None:
     """Start all cases, end them, and wait for their processes."""
     flags = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(1)  # a process that computes in threads cannot be forked
+    gc.freeze()  # forks that look at all objects copy their pages
     children = {case: start(case, flags) for case in CASES}
     workers = {case: end(case, *child) for case, child in children.items()}
     report = {}

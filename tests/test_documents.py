@@ -78,6 +78,7 @@ SLURM_FLAGS = {
         "--signal",
     ),
 }
+PYTEST_FLAGS = {"--dist", "--pdb"}
 
 
 class Command(NamedTuple):
@@ -228,7 +229,7 @@ def test_flags_exist(page):
     parsers = [importlib.import_module(f"utils.flags.{name}").build_parser() for name in SCRIPTS]
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     modules = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "data/scripts").glob("*.py")]
-    known |= set(get_args_parser()._option_string_actions) | SLURM_FLAGS
+    known |= set(get_args_parser()._option_string_actions) | SLURM_FLAGS | PYTEST_FLAGS
     others = "".join(module.read_text("utf-8") for module in modules)
     for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text("utf-8")):
         assert flag in known or f'"{flag}"' in others, flag

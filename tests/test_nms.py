@@ -127,6 +127,7 @@ def test_has_no_clock():
     assert "time" not in vars(__import__("utils.nms", fromlist=["x"]))
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_images_of_a_batch_keep_their_order():
     torch.manual_seed(0)
     batch = torch.rand(7, 50, 8)

@@ -28,7 +28,6 @@ from utils.pruning.report import SpeedRow
 from utils.pruning.verdict import Best, History
 
 NAMES = ("disc", "box", "bar")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLASSIC = ("--shortcut", "keep", "--importance", "gamma", "--compensate", "none")
 SPARSE_SHARE = 0.5  # of the channels that `sparse_model` leaves without any use

@@ -3,7 +3,6 @@
 import copy
 import csv
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -177,16 +176,6 @@ class Ended(NamedTuple):
     code: int
     codes: list[int]
     logs: list[str]
-
-
-@pytest.fixture(scope="module")
-def fork_server():
-    """What `Forked` is a fork of: a process that has loaded torch, and computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    # The last is what any optimizer imports, for two seconds.
-    context.set_forkserver_preload([become.__module__, "torch._dynamo"])
-    yield context
-    multiprocessing.forkserver._forkserver._stop()
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from utils.checkpoint import build_checkpoint, load_checkpoint, save_checkpoint
 from utils.loss import DetectionLoss, LossSettings
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 @pytest.fixture

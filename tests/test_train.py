@@ -42,8 +42,6 @@ from utils.training.sparsity import give_verdict, is_verdict_due
 from utils.training.step import MAX_GRADIENT_NORM, clip_gradients, compute_loss, optimizer_step
 from utils.training.validation import validate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def pictures(request, monkeypatch):
@@ -809,11 +807,14 @@ def train_in_two(rank, tiny_spec, folder, mode, rate, port):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "rate"), [("proximal", 0.5), ("subgradient", AutoRate(1.5))])
-def test_two_processes_have_the_same_gammas(tiny_spec, tmp_path, mode, rate):
+def test_two_processes_have_the_same_gammas(tiny_spec, tmp_path, fork_server, mode, rate):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(train_in_two, (tiny_spec, tmp_path, mode, rate, port), nprocs=2)
+    arguments = (tiny_spec, tmp_path, mode, rate, port)
+    torch.multiprocessing.start_processes(
+        train_in_two, arguments, nprocs=2, start_method=fork_server.get_start_method()
+    )
     first, second = (torch.load(tmp_path / f"{mode}{rank}.pt") for rank in (0, 1))
     assert (first["gammas"] != 1).all()
     assert all(torch.equal(first[name], second[name]) for name in first)

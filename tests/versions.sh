@@ -57,4 +57,4 @@ from importlib.metadata import version
 packages = "torch torchvision numpy opencv-python onnx onnxruntime openvino".split()
 print("Python", platform.python_version(), *(f"{name} {version(name)}" for name in packages))
 '
-"$venv/bin/python" -m pytest -m "" "$@"
+"$venv/bin/python" -m pytest -m "" -n 2 --dist loadfile --no-loadscope-reorder "$@"
