@@ -40,7 +40,6 @@ from utils.command import run_command
 from utils.dataset import Loader, image_weights_from_map, round_imgsz
 from utils.device_text import gpu_indices
 from utils.finite import Reading, check_finite
-from utils.lasting_output import lasting_output
 from utils.launch import launch
 from utils.optim import set_step
 from utils.resume import Resumed, find_resumed, naming_damage, summarize_data, summarize_teacher
@@ -79,7 +78,6 @@ LOGGER = logging.getLogger("train")
 PROGRESS_BATCHES = 10  # between two looks at what the device has computed
 
 
-@lasting_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one training from its options to its final files."""
     options, given = parse_args(argv, __doc__)

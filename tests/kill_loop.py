@@ -32,6 +32,7 @@ import yaml
 
 import train
 from utils.checkpoint import load_checkpoint, load_detector
+from utils.lasting_output import lasting_output
 from utils.training import report, saving
 from utils.training.run import Run
 
@@ -169,7 +170,8 @@ def start(argv: list[str], output: int, phase: mmap.mmap, reader: int | None = N
     report.draw = lambda *_: None  # most of the time, and no picture is worth it
     code = 1
     try:
-        train.main(argv)
+        with lasting_output():  # as train.py does
+            train.main(argv)
         code = 0
     except SystemExit as end:
         code = end.code

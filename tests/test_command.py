@@ -3,6 +3,7 @@ import importlib
 import io
 import logging
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -187,3 +188,37 @@ def test_interruption(capsys):
         run_command(main, "interrupted; go on with --resume")
     assert caught.value.code == 130
     assert "--resume" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("reader", ["full disk", "gone", "closed"])
+def test_output_that_cannot_be_written_costs_no_work(tmp_path, pytestconfig, reader):
+    """Neither its work nor its last word: one line, where there is somebody to read it."""
+    program = (
+        "import logging, pathlib, sys\n"
+        "from utils.command import run_command\n"
+        "def main():\n"
+        "    logging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
+        "    for number in range(3):\n"
+        "        logging.info('line %d', number)\n"
+        "        print('word', flush=True)\n"
+        f"    pathlib.Path({str(tmp_path / 'done')!r}).touch()\n"
+        "run_command(main)\n"
+    )
+    redirection = {"full disk": ">/dev/full", "gone": "| true", "closed": ">&-"}[reader]
+    shell = f'set -o pipefail; "{sys.executable}" -c "$0" {redirection}'
+    ended = subprocess.run(
+        ["bash", "-c", shell, program], cwd=pytestconfig.rootpath, capture_output=True, text=True
+    )
+    assert (tmp_path / "done").exists()
+    if reader == "full disk":
+        assert ended.returncode == 1
+        expected = (
+            "error: standard output: No space left on device; free some space there, or write"
+        )
+        assert ended.stderr.startswith(expected)
+        assert ended.stderr.count("\n") == 1
+    else:
+        assert ended.returncode == 0
+        assert "Traceback" not in ended.stderr
+        assert "ignored" not in ended.stderr

@@ -17,7 +17,7 @@ SCRIPTS = {path.stem for path in ROOT.glob("*.py")} | {"train", "val", "prune", 
 WITHOUT_SIBLINGS = {"utils/atomic.py", "utils/boxes.py", "utils/config.py", "utils/device.py"}
 # What is loaded before a command line is read: the standard library and each other.
 LIGHT = {"utils/choices.py", "utils/command.py", "utils/device_text.py", "utils/pruning/targets.py"}
-LIGHT |= {"utils/regular_file.py"}
+LIGHT |= {"utils/lasting_output.py", "utils/regular_file.py"}
 LIGHT |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "utils/flags").glob("*.py")}
 LIGHT |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "utils").rglob("__init__.py")}
 # `from models import load_model` is what users type; models/__init__.py looks this one name up in

@@ -49,9 +49,40 @@ def test_what_is_read_arrives(capsys):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
-def test_other_errors_are_errors(monkeypatch):
+def test_other_errors_are_errors_at_the_end(monkeypatch):
     with Path("/dev/full").open("w", buffering=1) as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        with lasting_output(), pytest.raises(OSError, match="No space left"):
-            print("word")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        steps = []
+
+        def work():
+            with lasting_output():
+                for step in range(3):
+                    print("word")
+                    steps.append(step)
+
+        with pytest.raises(OSError, match="No space left") as caught:
+            work()
+        assert caught.value.filename == "standard output"
+        assert steps == [0, 1, 2], "a full disk costs the log, not the run"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_an_error_of_the_work_comes_first(monkeypatch):
+    with Path("/dev/full").open("w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+
+        def work():
+            with lasting_output():
+                print(1 / print("word"))
+
+        with pytest.raises(TypeError):
+            work()
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_streams_that_were_closed_before_lead_nowhere(monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)
+    with lasting_output():
+        print("word", file=getattr(sys, name), flush=True)
+        assert getattr(sys, name) is not None
+    assert getattr(sys, name) is None

@@ -27,6 +27,7 @@ from utils.checkpoint import build_checkpoint, load_checkpoint, load_detector, s
 from utils.config import load_hyperparameters
 from utils.evaluate import EvaluationResult, evaluate
 from utils.evolve import read_history
+from utils.lasting_output import lasting_output
 from utils.loss import DetectionLoss, LossSettings
 from utils.optim import ModelEma, Schedule, build_optimizer
 from utils.plots.images import plot_batch
@@ -281,7 +282,7 @@ def test_a_run_whose_output_nobody_reads_any_more_goes_on(base, tmp_path, monkey
         patched.setattr(sys, "stdout", stream)
         patched.setattr(sys, "stderr", stream)
         signal_self_at_call(patched, "train.compute_loss", 3, signal.SIGINT)
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(SystemExit) as stopped, lasting_output():  # as train.py does
             train.main([*base, "--epochs", "2"])
     assert stopped.value.code == 130
     assert load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["training"]["epoch"] == 0

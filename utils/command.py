@@ -10,6 +10,8 @@ import sys
 import unicodedata
 from collections.abc import Callable
 
+from utils.lasting_output import lasting_output
+
 # What to do about an error of the system.
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there, or write elsewhere"),
@@ -49,7 +51,8 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
     logging.setLogRecordFactory(PrintableRecord)
     check_torch()
     try:
-        main()
+        with lasting_output():
+            main()
     except OSError as error:
         raise SystemExit(f"error: {printable(describe_os_error(error))}") from None
     except FloatingPointError as error:

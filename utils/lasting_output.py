@@ -19,16 +19,28 @@ def lasting_output() -> Iterator[None]:
 
     A training that was started with `| tee log` would otherwise end by the first word after the
     end of tee, which Ctrl-C ends as well: before it has saved anything.
+
+    Raises:
+        OSError: at the end of a block that ended well, if output was lost for another reason than
+            that nobody was there: into a file on a full disk.
     """
-    with redirect_stdout(_Lasting(sys.stdout)), redirect_stderr(_Lasting(sys.stderr)):
-        yield
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123 (a name, no path)
+        # None: closed before we began, which others do not expect.
+        output, errors = _Lasting(sys.stdout or nowhere), _Lasting(sys.stderr or nowhere)
+        with redirect_stdout(output), redirect_stderr(errors):
+            yield
+        for name, stream in (("standard output", output), ("standard error", errors)):
+            stream.flush()
+            if stream.lost is not None:
+                raise OSError(stream.lost.errno, stream.lost.strerror, name)
 
 
 class _Lasting:
-    """A text stream that is turned to nowhere once its reader has gone."""
+    """A text stream that is turned to nowhere once it cannot be written to."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.lost: OSError | None = None  # why nothing more arrives, unless nobody reads it
 
     def write(self, text: str) -> int:
         """As a stream does."""
@@ -51,7 +63,7 @@ class _Lasting:
         Python flushes the stream itself when it ends, and would change the exit status.
         """
         if error.errno not in GONE:
-            raise error
+            self.lost = error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
