@@ -544,3 +544,20 @@ def test_workers_hold_no_memory_that_they_do_not_need():
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_too_little_shared_memory_is_told_not_waited_for(tiny_dataset, monkeypatch):
+    """Docker gives 64 MB unless it is asked for more."""
+
+    def fail(*_):
+        raise RuntimeError(
+            "unable to allocate shared memory(shm): No space left on device (28)\nat"
+        )
+
+    split = scan_split([tiny_dataset.images], tiny_dataset.names)
+    loader = build_loader(DetectionDataset(split, 64), 2, workers=1)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)  # workers are forks
+    with pytest.raises(
+        OSError, match=r"^unable to .* \(28\); give it more .*--workers 0 needs none$"
+    ):
+        next(iter(loader))

@@ -15,6 +15,9 @@ from utils.lasting_output import lasting_output
 # What to do about an error of the system.
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there, or write elsewhere"),
+    errno.ENOMEM: "free some memory; try a smaller --batch-size or --imgsz, or fewer --workers",
+    errno.EMFILE: "allow more (see ulimit -n), or take fewer --workers",
+    errno.EAGAIN: "allow more processes (see ulimit -u), or take fewer --workers",
     errno.EFBIG: "files of this size are not allowed there (see ulimit -f)",
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "see to the permission"),
     **dict.fromkeys(
@@ -28,6 +31,15 @@ TURNS = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u206
 
 OLDEST_TORCH = (2, 6)
 
+# What is raised where memory is short or limited (ulimit -v), besides what has a class.
+STARVED = (
+    "can't start new thread",
+    "could not create a primitive",
+    "bad_alloc",
+    "failed to map segment",
+    "Cannot allocate memory",
+)
+REMEDY_OF_MEMORY = "free some, see ulimit -v and -u, or try a smaller --batch-size or --imgsz"
 CPU_ALLOCATOR = "DefaultCPUAllocator: "  # torch's, when there is no memory
 
 NOT_FINITE = 3  # exit status of a run whose numbers ran away, which is no fault of its surroundings
@@ -58,16 +70,17 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
     except FloatingPointError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(NOT_FINITE) from None
-    except (ValueError, MemoryError) as error:
-        raise SystemExit(f"error: {printable(str(error))}") from None
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise SystemExit(f"error: {out_of_memory_advice(error)}") from None
     except Exception as error:
-        if not is_opencv_out_of_memory(error):
+        if is_out_of_memory(error) or is_opencv_out_of_memory(error):
+            raise SystemExit(f"error: {out_of_memory_advice(error)}") from None
+        if is_starved(error):
+            reason = printable(str(error).partition("\n")[0]) or type(error).__name__
+            raise SystemExit(
+                f"error: memory does not suffice ({reason}); {REMEDY_OF_MEMORY}"
+            ) from None
+        if not isinstance(error, ValueError | MemoryError):
             raise
-        raise SystemExit(f"error: {out_of_memory_advice(error)}") from None
+        raise SystemExit(f"error: {printable(str(error))}") from None
     except KeyboardInterrupt:
         print(f"\n{when_interrupted}")
         raise SystemExit(130) from None
@@ -126,6 +139,13 @@ class PrintableRecord(logging.LogRecord):
 def is_opencv_out_of_memory(error: Exception) -> bool:
     """Whether OpenCV says so; its errors are of a class of its own."""
     return type(error).__module__ == "cv2" and "Insufficient memory" in str(error)
+
+
+def is_starved(error: Exception) -> bool:
+    """Whether Python or a library says that it gets no memory, in its own words."""
+    if isinstance(error, MemoryError):
+        return not str(error) or any(words in str(error) for words in STARVED)
+    return not isinstance(error, ValueError) and any(words in str(error) for words in STARVED)
 
 
 def is_out_of_memory(error: Exception) -> bool:

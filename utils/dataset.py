@@ -30,7 +30,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from utils import heap
 from utils.augment import (
@@ -87,6 +87,10 @@ LONGEST_TEMPDIR = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
 WORKER_GRACE = 300  # seconds that a worker lives on after SIGTERM: longer than a step may take
 
 RECT_PAD = 0.5  # of rectangular evaluation batches, in strides
+SHARED_MEMORY_REMEDY = (
+    "give it more (docker run --shm-size 8g), or take fewer --workers or a smaller --batch-size; "
+    "--workers 0 needs none"
+)
 
 # First word of every seed, so that no two kinds of draws share a stream.
 _ORDER_STREAM, _SAMPLE_STREAM = 1, 2
@@ -423,7 +427,17 @@ def _pack(results: Sequence[Item | OSError]) -> _Delivery:
     items = [result for result in results if isinstance(result, Item)]
     problems = {path: what for item in items for path, what in item.problems}
     error = next((result for result in results if isinstance(result, OSError)), None)
-    return _Delivery(None if error else collate(items), problems, error)
+    batch = None if error else collate(items)
+    if batch is not None and get_worker_info() is not None:
+        try:
+            # Here, where it can be told: later a thread would fail, and the batch be waited for.
+            for tensor in (batch.images, batch.targets):
+                if tensor.numel():
+                    tensor.share_memory_()
+        except RuntimeError as reason:
+            text = str(reason).partition("\n")[0]
+            return _Delivery(None, problems, OSError(f"{text}; {SHARED_MEMORY_REMEDY}"))
+    return _Delivery(batch, problems, error)
 
 
 class EpochBatchSampler(Sampler[list[Key]]):
