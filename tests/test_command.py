@@ -77,6 +77,10 @@ def test_only_what_a_terminal_obeys_is_escaped(text, expected):
         (OSError(errno.EBUSY, "Device or resource busy"), "error: Device or resource busy"),
         (ValueError("percent is 50"), "error: percent is 50"),
         (torch.OutOfMemoryError("CUDA out of memory"), "try a smaller --batch-size"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+            "error: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`; try a sm",
+        ),
         (cv2.error("alloc.cpp: error: (-4:Insufficient memory) in OutOfMemoryError"), "try a smal"),
         (MemoryError(), "error: memory does not suffice (MemoryError); free some, see ulimit"),
         (MemoryError("std::bad_alloc"), "error: memory does not suffice (std::bad_alloc); free"),

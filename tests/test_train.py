@@ -37,7 +37,7 @@ from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorm
 from utils.pruning.verdict import History
 from utils.resume import newest_unfinished
 from utils.training import rehearsal, report, saving
-from utils.training.run import Run
+from utils.training.run import Run, build_run
 from utils.training.saving import save_position
 from utils.training.sparsity import give_verdict, is_verdict_due
 from utils.training.step import MAX_GRADIENT_NORM, clip_gradients, compute_loss, optimizer_step
@@ -489,9 +489,16 @@ def test_out_of_memory_names_the_batch_that_fits(base, tmp_path, monkeypatch):
     assert load_checkpoint(run / "weights/last.pt")["options"]["batch_size"] == 1
 
 
-def test_out_of_memory_with_one_image(base, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_out_of_memory_with_one_image(base, monkeypatch, error):
     def compute(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     for caller in (train, rehearsal):
         monkeypatch.setattr(caller, "compute_loss", compute)
@@ -499,25 +506,47 @@ def test_out_of_memory_with_one_image(base, monkeypatch):
         train.main([*base, "--epochs", "1"])
 
 
-def test_batch_size_that_fits(base, tmp_path, monkeypatch):
-    train.main([*base, "--batch", "-1", "--epochs", "1"])  # nominal batch 4, on a CPU
+def test_batch_size_beside_a_cpu(base, tmp_path):
+    train.main([*base, "--batch", "-1", "--epochs", "1"])  # nominal batch 4
     assert yaml.safe_load((tmp_path / "runs/exp/opt.yaml").read_text())["batch_size"] == 4
 
-    def rehearse(_, size):
-        if size > 20:
-            raise torch.OutOfMemoryError("CUDA out of memory")
 
-    for name, stand_in in (
-        ("build_run", lambda *_: None),
-        ("add_teacher", lambda *_: None),
-        ("rehearse", rehearse),
-    ):
-        monkeypatch.setattr(rehearsal, name, stand_in)
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_the_batch_size_that_fits_is_found_and_nothing_else_changed(
+    base, tmp_path, monkeypatch, kind
+):
+    """On a made-up GPU that holds ten images."""
+
+    def compute(run, images, targets, **rest):
+        tried.append(len(images))
+        if len(images) > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute_loss(run, images, targets, **rest)
+
+    def build_on_cpu(options, inputs, model, imgsz, _, *rest):
+        return build_run(options, inputs, model, imgsz, torch.device("cpu"), *rest)
+
+    def choose_for_gpu(*args):
+        *first, _, precision = args
+        return rehearsal.choose_batch_size(*first, torch.device("cuda"), precision)
+
+    tried = []
+    flags = [*base, "--epochs", "1", "--nominal-batch", "16"]
+    flags += ["--bn_sparsity", "--sparsity_rate", "auto"] if kind == "sparse" else []
+    monkeypatch.setattr(train, "give_verdict", lambda *_: None)
+    train.main([*flags, "--batch", "8", "--name", "given"])
+    monkeypatch.setattr(rehearsal, "compute_loss", compute)
+    monkeypatch.setattr(rehearsal, "build_run", build_on_cpu)
+    monkeypatch.setattr(train, "choose_batch_size", choose_for_gpu)
     monkeypatch.setattr(devices, "limit_memory", lambda *_: contextlib.nullcontext())
-    options, _ = train.parse_args(["--batch-size", "-1"])
-    gpu = torch.device("cuda")
-    found = rehearsal.choose_batch_size(options, None, None, None, 640, gpu, torch.float32)
-    assert found == 16
+    train.main([*flags, "--batch", "-1", "--name", "found"])
+    assert tried == [16, 4, 8]
+    found, given = tmp_path / "runs/found", tmp_path / "runs/given"
+    assert yaml.safe_load((found / "opt.yaml").read_text())["batch_size"] == 8
+    assert_same_weights(
+        weights_of(found / "weights/last.pt"), weights_of(given / "weights/last.pt")
+    )
+    assert results_of(found) == results_of(given)
 
 
 def test_finished_run_cannot_be_resumed(base, tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from utils.command import is_gpu_out_of_memory
 from utils.device import free_memory
 
 CPU_BATCH = 16  # where memory is not what limits a batch
@@ -41,7 +42,9 @@ def find_largest_fitting(
 def _fits(size: int, attempt: Callable[[int], None], device: torch.device) -> bool:
     try:
         attempt(size)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_gpu_out_of_memory(error):
+            raise
         fits = False  # the error holds the tensors of the attempt until it is left
     else:
         fits = True

@@ -41,6 +41,10 @@ STARVED = (
 )
 REMEDY_OF_MEMORY = "free some, see ulimit -v and -u, or try a smaller --batch-size or --imgsz"
 CPU_ALLOCATOR = "DefaultCPUAllocator: "  # torch's, when there is no memory
+# What libraries say of a full GPU; torch's own allocator has a class for it.
+GPU_IS_FULL = (
+    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 NOT_FINITE = 3  # exit status of a run whose numbers ran away, which is no fault of its surroundings
 
@@ -150,11 +154,14 @@ def is_starved(error: Exception) -> bool:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether torch says so; what has not loaded torch need not do so to ask."""
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(error, RuntimeError):
-        return False
-    # Only that of a GPU has a class.
-    return isinstance(error, torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
+    is_torchs = "torch" in sys.modules and isinstance(error, RuntimeError)
+    return is_torchs and (is_gpu_out_of_memory(error) or CPU_ALLOCATOR in str(error))
+
+
+def is_gpu_out_of_memory(error: Exception) -> bool:
+    """Whether torch or one of its libraries says so."""
+    is_class = isinstance(error, sys.modules["torch"].OutOfMemoryError)
+    return is_class or any(words in str(error) for words in GPU_IS_FULL)
 
 
 def out_of_memory_advice(error: Exception) -> str:

@@ -79,7 +79,7 @@ def blank_images(run: Run, number: int, side: int) -> Tensor:
     return images.to(memory_format=torch.channels_last)
 
 
-def advise_batch_size(run: Run, error: torch.OutOfMemoryError) -> str:
+def advise_batch_size(run: Run, error: RuntimeError) -> str:
     """What happened, and the batch size that would fit; tries it out on the network, which ends."""
     traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
     run.go_alone()

@@ -7,12 +7,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from utils import device as devices
 from utils import ranks
 from utils.checkpoint import load_checkpoint
-from utils.command import describe_os_error
+from utils.command import describe_os_error, is_gpu_out_of_memory
 from utils.finite import NotFinite, first_layer_not_finite, first_not_finite, save_for_a_look
 from utils.training.rehearsal import advise_batch_size
 from utils.training.run import Run
@@ -29,9 +27,9 @@ def saying_how_to_go_on(run: Run) -> Iterator[None]:
     """A full disk or a share that has gone ends the run, but costs little of it; so does memory."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(advise_batch_size(run, error)) from None
     except RuntimeError as error:
+        if is_gpu_out_of_memory(error):
+            raise MemoryError(advise_batch_size(run, error)) from None
         if not ranks.is_lost_connection(error):
             raise
         reason = ranks.describe_lost_connection(error)
