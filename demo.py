@@ -9,10 +9,11 @@ table of the stages is in runs/demo/exp*: stages.txt, stages.csv, stages.png.
 
 from __future__ import annotations
 
+from utils.flags.answer import answer_early
 from utils.flags.demo import parse_args
 
 if __name__ == "__main__":
-    parse_args(description=__doc__)  # help and mistakes are answered before torch is loaded
+    answer_early(parse_args, __doc__)  # help and mistakes, before torch is loaded
 
 import argparse
 import csv

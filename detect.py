@@ -11,10 +11,11 @@ Results are in runs/detect/exp*: pictures and videos with boxes, labels, crops.
 
 from __future__ import annotations
 
+from utils.flags.answer import answer_early
 from utils.flags.detect import parse_args
 
 if __name__ == "__main__":
-    parse_args(description=__doc__)  # help and mistakes are answered before torch is loaded
+    answer_early(parse_args, __doc__)  # help and mistakes, before torch is loaded
 
 import argparse
 import logging

@@ -13,10 +13,11 @@ those of requirements-export.txt.
 
 from __future__ import annotations
 
+from utils.flags.answer import answer_early
 from utils.flags.export import THROUGH_ONNX, parse_args
 
 if __name__ == "__main__":
-    parse_args(description=__doc__)  # help and mistakes are answered before torch is loaded
+    answer_early(parse_args, __doc__)  # help and mistakes, before torch is loaded
 
 import argparse
 import itertools

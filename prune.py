@@ -16,10 +16,11 @@ report.html, report.json, pictures; of a sweep sweep.csv and sweep.png.
 
 from __future__ import annotations
 
+from utils.flags.answer import answer_early
 from utils.flags.prune import AMOUNTS, DEFAULT_RECALIBRATION, parse_args
 
 if __name__ == "__main__":
-    parse_args(description=__doc__)  # help and mistakes are answered before torch is loaded
+    answer_early(parse_args, __doc__)  # help and mistakes, before torch is loaded
 
 import argparse
 import contextlib
@@ -43,13 +44,14 @@ from models import Model, ModelSpec
 from models.blocks import Bottleneck
 from utils.checkpoint import Detector, build_checkpoint, load_detector, save_final
 from utils.command import run_command
-from utils.config import Hyperparameters, find_config, load_yaml
+from utils.config import Hyperparameters, load_yaml
 from utils.dataset import round_imgsz
 from utils.device import count_loader_processes, describe_device, select_device
 from utils.downloads import find_weights, open_dataset
 from utils.evaluate import EvaluationResult, check_class_names
 from utils.flags.checks import flag_of
 from utils.image_files import read_image
+from utils.lookup import find_config
 from utils.plots.figures import draw
 from utils.plots.images import plot_detections_pair
 from utils.plots.pruning import plot_importance_threshold, plot_layer_widths, plot_sweep

@@ -15,10 +15,11 @@ Results are in runs/train/exp*: weights/best.pt and last.pt, results.csv, pictur
 
 from __future__ import annotations
 
+from utils.flags.answer import answer_early
 from utils.flags.train import parse_args
 
 if __name__ == "__main__":
-    parse_args(description=__doc__)  # help and mistakes are answered before torch is loaded
+    answer_early(parse_args, __doc__)  # help and mistakes, before torch is loaded
 
 import argparse
 import logging

@@ -12,10 +12,11 @@ Results are in runs/val/exp*: results.json, curves, confusion matrix, pictures.
 
 from __future__ import annotations
 
+from utils.flags.answer import answer_early
 from utils.flags.val import IMGSZ, STUDY_SIZES, parse_args
 
 if __name__ == "__main__":
-    parse_args(description=__doc__)  # help and mistakes are answered before torch is loaded
+    answer_early(parse_args, __doc__)  # help and mistakes, before torch is loaded
 
 import argparse
 import csv

@@ -16,10 +16,11 @@ from typing import Literal
 
 from benchmarks import harness, plain
 from utils.command import run_command
-from utils.config import Hyperparameters, find_config, load_hyperparameters
+from utils.config import Hyperparameters, load_hyperparameters
 from utils.dataset import DetectionDataset, Split, build_loader, scan_split
 from utils.device import select_device
 from utils.downloads import open_dataset
+from utils.lookup import find_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

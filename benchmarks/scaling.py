@@ -32,10 +32,11 @@ from benchmarks.training import build_ours, build_parser, our_epoch
 from models import Model, ModelSpec
 from utils.choices import DEFAULT_IMPORTANCE
 from utils.command import run_command
-from utils.config import find_config, load_dataset_spec, load_hyperparameters, load_yaml
+from utils.config import load_dataset_spec, load_hyperparameters, load_yaml
 from utils.dataset import DetectionDataset, Split, build_loader, scan_split
 from utils.device import select_device
 from utils.downloads import open_dataset
+from utils.lookup import find_config
 from utils.profile import count_gflops, count_parameters
 from utils.pruning.search import build_pruner
 

@@ -10,11 +10,11 @@ import pytest
 
 from utils.config import (
     Hyperparameters,
-    find_config,
     load_dataset_spec,
     load_hyperparameters,
     load_yaml,
 )
+from utils.lookup import find_config
 
 ROOT = Path(__file__).resolve().parents[1]
 HYPS = sorted((ROOT / "data" / "hyps").glob("hyp.*.yaml"))

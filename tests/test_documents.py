@@ -25,7 +25,8 @@ from torch.distributed.run import get_args_parser
 
 from models import Model, ModelSpec
 from utils.checkpoint import build_checkpoint, save_checkpoint
-from utils.config import find_config, load_yaml
+from utils.config import load_yaml
+from utils.lookup import find_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -808,12 +808,14 @@ def test_other_class_names_are_said(run, tiny_dataset):
     assert "name their classes differently ('bar', 'rod')" in log
 
 
-def test_too_little_memory_is_one_line_with_a_remedy(monkeypatch, pytestconfig):
+def test_too_little_memory_is_one_line_with_a_remedy(tmp_path, monkeypatch, pytestconfig):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
 
     monkeypatch.setattr("utils.device.select_device", fail)
-    monkeypatch.setattr(sys, "argv", ["prune.py", "--weights", "a.pt", "--percent", "0.3"])
+    weights = tmp_path / "a.pt"
+    weights.touch()  # it is looked for before torch is loaded
+    monkeypatch.setattr(sys, "argv", ["prune.py", "--weights", str(weights), "--percent", "0.3"])
     with pytest.raises(SystemExit, match=r"9 GiB; try a smaller --batch-size or --imgsz$"):
         runpy.run_path(str(pytestconfig.rootpath / "prune.py"), run_name="__main__")
 

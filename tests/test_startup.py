@@ -1,5 +1,6 @@
 """Help and mistakes are answered by the flags alone: nothing that takes seconds to load is."""
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from utils.flags.answer import check_files
+
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train", "prune", "val", "detect", "demo")
+SCRIPTS = ("train", "prune", "val", "detect", "export", "demo")
 HEAVY = {"torch", "torchvision", "cv2", "matplotlib", "scipy", "thop", "numpy", "pycocotools"}
 
 # Runs a script as a command would and, where it ends, says what it has loaded in a last line.
@@ -86,6 +89,62 @@ def test_a_mistake_loads_nothing_heavy(command, message):
     assert errors.startswith(f"usage: {script}")
     assert errors.splitlines()[-1].startswith(f"{script}: error: ")
     assert message in errors.splitlines()[-1]
+
+
+WEIGHTS = "yolov5n.pt"  # a released name is not looked for any further
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train.py --weights nope.pt", "nope.pt: no such file; tried nope.pt, "),
+        ("train.py --data nope.yaml", "nope.yaml: no such file; tried nope.yaml, "),
+        ("train.py --hyp hyp.scrtch-low.yaml", "did you mean 'hyp.scratch-low.yaml'"),
+        ("train.py --cfg yolov5q", "yolov5q: no such file; tried yolov5q, yolov5q.yaml, "),
+        ("train.py --teacher nope.pt", "--teacher nope.pt: no such file; tried nope.pt, "),
+        ("train.py --resume nope", "/nope: no such checkpoint"),
+        ("prune.py --weights nope.pt --percent 0.5", "nope.pt: no such file; tried nope.pt, "),
+        (f"prune.py --weights {WEIGHTS} --percent 0.5 --data nope", "nope: no such file; tried "),
+        (f"prune.py --weights {WEIGHTS} --percent 0.5 --cfg nope", "nope: no such file; tried "),
+        ("val.py --weights nope.onnx", "nope.onnx: no such file; tried nope.onnx, "),
+        (f"val.py --task study --weights {WEIGHTS} nope.pt", "nope.pt: no such file; tried "),
+        ("val.py --data nope.yaml", "nope.yaml: no such file; tried nope.yaml, "),
+        ("detect.py --source nope.jpg", "nope.jpg: no such file or folder; expected an image, a"),
+        ("detect.py --source tests --weights nope_openvino_model", "nope_openvino_model: no such"),
+        ("export.py --weights nope.pt", "nope.pt: no such file; tried nope.pt, "),
+        ("export.py --data nope.yaml", "nope.yaml: no such file; tried nope.yaml, "),
+        ("demo.py --data nope.yaml", "nope.yaml: no such file; tried nope.yaml, "),
+        ("demo.py --hyp nope.yaml", "nope.yaml: no such file; tried nope.yaml, "),
+    ],
+)
+def test_a_missing_file_loads_nothing_heavy(command, message):
+    code, _, errors, heavy = run(PROBE, *command.split())
+    assert (code, heavy) == (1, set())
+    assert errors.startswith("error: ")
+    assert len(errors.splitlines()) == 1
+    assert message in errors
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": "", "cfg": "yolov5n.yaml", "data": "bccd", "hyp": "hyp.finetune.yaml"},
+        {"weights": ["yolov5s6.pt", "weights/yolov5n.pt"], "data": "data/coco128.yaml"},
+        {"weights": WEIGHTS, "data": None, "teacher": WEIGHTS},
+        {"resume": True, "weights": "nope.pt"},
+        *({"source": text} for text in ("0", "rtsp://camera/1", "*.nope", str(ROOT))),
+    ],
+)
+def test_what_is_there_or_can_be_fetched_passes(options):
+    check_files(argparse.Namespace(**options))
+
+
+def test_one_of_several_processes_need_not_have_the_files(monkeypatch):
+    missing = argparse.Namespace(weights="nope.pt")
+    with pytest.raises(FileNotFoundError):
+        check_files(missing)
+    monkeypatch.setenv("RANK", "1")
+    check_files(missing)
 
 
 def test_training_loads_what_draws_and_suppresses_when_it_is_used():

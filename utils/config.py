@@ -7,19 +7,19 @@ Nothing here touches the network or the images; a data set that is not on disk y
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from utils.lookup import expand_home, nearest
 from utils.regular_file import open_regular
 
 LOGGER = logging.getLogger(__name__)
@@ -167,47 +167,6 @@ def locate_key(path: Path, key: str) -> str:
     return str(path)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing when no known name comes near."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-
-
-def expand_home(path: str | Path) -> Path:
-    """`~/x` and `~user/x` with the folder they stand for; an unknown user's is left as it is."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises RuntimeError)
-
-
-def find_config(name: str | Path, folders: Sequence[str | Path], root: str | Path) -> Path:
-    """Find a YAML file by path or by bare name.
-
-    Args:
-        name: path as typed by the user, or a bare name such as `coco` or `hyp.finetune.yaml`.
-        folders: where bare names are looked up, relative to `root` or absolute.
-        root: the project folder.
-
-    Returns:
-        The first that exists of: as typed (from the working directory), below `root`, below each
-        folder; each time as it is and with `.yaml` appended.
-
-    Raises:
-        FileNotFoundError: lists everything tried and the nearest names there are.
-    """
-    root = Path(root)
-    typed = expand_home(name)
-    places = [root / folder for folder in folders]
-    bases = [typed, root / typed, *(place / typed for place in places)]
-    suffixes = [""] if typed.suffix in (".yaml", ".yml") else ["", ".yaml"]
-    tried = list(dict.fromkeys(Path(f"{base}{suffix}") for base in bases for suffix in suffixes))
-    for candidate in tried:
-        if candidate.is_file() and str(name):
-            return candidate
-    known = sorted({file.name for place in places for file in place.glob("*.yaml")})
-    looked = ", ".join(map(str, tried))
-    target = typed.name if typed.suffix else f"{typed.name}.yaml"
-    raise FileNotFoundError(f"{name}: no such file; tried {looked}{_nearest(target, known)}")
-
-
 # ------------------------------------------------------------------------------- hyperparameters
 def _bounded(low: float, high: float, *, low_open: bool = False, high_open: bool = False) -> Any:
     """A required number with its valid interval, kept in the field's metadata."""
@@ -297,7 +256,7 @@ def load_hyperparameters(path: str | Path) -> Hyperparameters:
     known = [entry.name for entry in entries]
     for key in values:
         if key not in known:
-            hint = _nearest(str(key), known)
+            hint = nearest(str(key), known)
             raise ValueError(f"{locate_key(path, str(key))}: unknown hyperparameter {key!r}{hint}")
     optional = ("label_smoothing", "anchors")
     missing = [name for name in known if name not in values and name not in optional]
@@ -380,7 +339,7 @@ def load_dataset_spec(path: str | Path, root: str | Path) -> DatasetSpec:
         if key in FOREIGN_DATASET_KEYS:
             LOGGER.info("%s: key %r is not used", path, key)
         elif key not in DATASET_KEYS:
-            hint = _nearest(str(key), DATASET_KEYS)
+            hint = nearest(str(key), DATASET_KEYS)
             raise ValueError(f"{locate_key(path, str(key))}: unknown key {key!r}{hint}")
     names = _parse_names(values, path)
     entries = {split: _split_entries(values, split, path) for split in ("train", "val", "test")}

@@ -28,14 +28,14 @@ from typing import IO
 from urllib.parse import unquote, urldefrag, urlsplit
 
 from utils.atomic import atomic_write, staging_folder
-from utils.config import DatasetSpec, expand_home, find_config, load_dataset_spec, locate_key
+from utils.config import DatasetSpec, load_dataset_spec, locate_key
 from utils.image_files import IMAGE_SUFFIXES
+from utils.lookup import WEIGHT_NAMES, expand_home, find_config, locate_weights
 
 LOGGER = logging.getLogger(__name__)
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS_URL = "https://github.com/ultralytics/yolov5/releases/download/v7.0"
-WEIGHT_NAMES = tuple(f"yolov5{size}{suffix}.pt" for suffix in ("", "6") for size in "nsmlx")
 CHECKSUM_FILE = "SHA256SUMS"
 
 # What an archive may unfold to: labels shrink to a tenth or less, images hardly at all.
@@ -569,27 +569,19 @@ def _run_aloud(words: Sequence[str], folder: Path) -> tuple[int, str]:
 def find_weights(name: str | Path, root: Path = PROJECT_ROOT) -> Path:
     """Find a weights file, or OpenVINO folder, by path or name; fetch publicly released ones.
 
-    Looked up as typed, below `root`, and in `root/weights`. A released name (`yolov5s.pt`) that
-    is in none of these is fetched into `root/weights`.
+    A released name (`yolov5s.pt`) that `locate_weights` does not find is fetched into
+    `root/weights`.
 
     Raises:
-        FileNotFoundError: lists what was tried and the names that can be fetched.
+        FileNotFoundError: from `locate_weights`.
         OSError: from `named_weights`.
     """
-    typed = expand_home(name)
-    tried = list(dict.fromkeys([typed, root / typed, root / "weights" / typed]))
-    for candidate in tried:
-        if candidate.is_file():
-            _check_recorded_sum(candidate)
-            return candidate
-        if candidate.name.endswith("_openvino_model") and candidate.is_dir():
-            return candidate
-    if typed.name in WEIGHT_NAMES and str(typed.parent) in (".", "weights"):
-        return named_weights(typed.name, root / "weights")
-    raise FileNotFoundError(
-        f"{name}: no such file; tried {', '.join(map(str, tried))};"
-        f" names that can be fetched: {', '.join(WEIGHT_NAMES)}"
-    )
+    path = locate_weights(name, root)
+    if path is None:
+        return named_weights(expand_home(name).name, root / "weights")
+    if path.is_file():
+        _check_recorded_sum(path)
+    return path
 
 
 def _check_recorded_sum(path: Path) -> None:

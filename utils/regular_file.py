@@ -29,6 +29,15 @@ def open_regular(path: str | Path, max_bytes: int) -> BinaryIO:
     return file  # type: ignore[return-value]  # a RawIOBase reads and seeks as well
 
 
+def why_no_file(path: Path, absent: str = "no such file") -> str:
+    """In a few words, what is wrong with a path at which there is no regular file."""
+    if path.is_dir():
+        return "a folder, not a file"
+    if path.exists():
+        return "not a regular file but a pipe or a device"
+    return "a link that leads to no file" if path.is_symlink() else absent
+
+
 def _open_at_once(path: str, flags: int) -> int:
     """Open a pipe without waiting for somebody to write into it."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

@@ -18,9 +18,10 @@ from utils import ranks
 from utils.checkpoint import load_checkpoint
 from utils.claim import claim, find_claimed
 from utils.command import is_out_of_memory
-from utils.config import Hyperparameters, expand_home, load_yaml
+from utils.config import Hyperparameters, load_yaml
 from utils.flags.checks import flag_of
 from utils.flags.train import RESUME_FLAGS, parse_saved
+from utils.lookup import expand_home, locate_checkpoint
 from utils.run_dir import to_plain
 from utils.scan import Split
 
@@ -66,7 +67,7 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
     elif options.resume is True:
         path = newest_unfinished(root / "runs/train")
     else:
-        path = find_checkpoint(expand_home(options.resume), root)
+        path = locate_checkpoint(expand_home(options.resume), root)
     if path is None:
         return None
     run_dir = path.resolve().parent.parent
@@ -318,20 +319,6 @@ def warn_of_other_data(
                 "not as it would have",
                 "teacher has" if split == "teacher" else f"{split} data have", change,
             )  # fmt: skip
-
-
-def find_checkpoint(path: Path, root: Path) -> Path:
-    """The file that is meant by a file or a run folder."""
-    path = path if path.exists() else root / path
-    if (path / "opt.yaml").is_file() and not (path / "weights/last.pt").exists():
-        raise FileNotFoundError(
-            f"--resume {path}: the run ended before it had saved anything; start it anew, with the "
-            f"options in {path / 'opt.yaml'}"
-        )
-    path = path / "weights/last.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume {path}: no such checkpoint")
-    return path
 
 
 def newest_unfinished(project: Path) -> Path:

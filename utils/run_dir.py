@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from utils.atomic import atomic_write
-from utils.config import expand_home
+from utils.lookup import expand_home
 
 
 def new_run_dir(project: str | Path, name: str = "exp", exist_ok: bool = False) -> Path:

@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 import cv2
 import numpy as np
 
-from utils.config import expand_home
 from utils.image_address import is_image_address, read_image_address
 from utils.image_files import (
     IMAGE_SUFFIXES,
@@ -31,16 +30,13 @@ from utils.image_files import (
     read_image,
     silent_decoder,
 )
+from utils.lookup import SOURCES, expand_home, no_such_source
 
 LOGGER = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"}
     | {".mts", ".m2ts", ".3gp", ".ogv", ".asf", ".gif"}
-)
-EXPECTED = (
-    "an image, a video, a folder of these, a 'pattern*.jpg', a .txt list, a camera number or the "
-    "address of a stream"
 )
 # Of the addresses that end so, what is there has an end, whether it says how long it is or not.
 WITH_AN_END = VIDEO_SUFFIXES - {".ts", ".flv"}
@@ -112,14 +108,14 @@ def find_sources(text: str) -> Sources:
         if path.suffix.lower() == ".txt":
             return Sources(_read_list(path))
         if not is_media(path):
-            raise ValueError(f"{path}: neither an image nor a video; expected {EXPECTED}")
+            raise ValueError(f"{path}: neither an image nor a video; expected {SOURCES}")
         return Sources((path,))
     if glob.has_magic(text):
         found = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207 (takes absolute patterns)
         if not found:
             raise FileNotFoundError(f"{text}: no file fits this pattern")
         return Sources(_only_media(found, text))
-    raise FileNotFoundError(f"{text}: no such file or folder; expected {EXPECTED}")
+    raise no_such_source(text)
 
 
 def is_media(path: Path) -> bool:

@@ -14,9 +14,10 @@ from models.yolo import MAX_WEIGHTS
 from utils import device as devices
 from utils.checkpoint import Detector, load_detector, most_weights
 from utils.choices import AUTO_BATCH
-from utils.config import DatasetSpec, Hyperparameters, find_config, load_hyperparameters, load_yaml
+from utils.config import DatasetSpec, Hyperparameters, load_hyperparameters, load_yaml
 from utils.device_text import gpu_indices
 from utils.downloads import PROJECT_ROOT, find_weights, open_dataset
+from utils.lookup import find_config
 from utils.resume import Resumed
 
 

@@ -10,9 +10,10 @@ import subprocess
 from collections.abc import Sequence
 
 from utils.command import NOT_FINITE
-from utils.config import Hyperparameters, find_config, load_hyperparameters
+from utils.config import Hyperparameters, load_hyperparameters
 from utils.downloads import PROJECT_ROOT
 from utils.evolve import Score, evolve, keep_options
+from utils.lookup import find_config
 from utils.metrics import fitness
 from utils.run_dir import new_run_dir, read_results, save_options
 
