@@ -12,7 +12,7 @@ import pytest
 
 from utils.config import load_dataset_spec
 from utils.image_files import read_image
-from utils.regular_file import open_regular
+from utils.regular_file import read_regular
 from utils.scan import find_images, label_path, parse_labels, scan_split
 
 NAMES = ("disc", "box", "bar")
@@ -188,13 +188,24 @@ def test_unreadable_labels_are_not_taken_for_background(tiny_dataset, monkeypatc
     def refuse(path, max_bytes):
         if str(path).endswith("a.txt"):
             raise PermissionError(13, "Permission denied", str(path))
-        return open_regular(path, max_bytes)
+        return read_regular(path, max_bytes)
 
-    monkeypatch.setattr("utils.scan.open_regular", refuse)
+    monkeypatch.setattr("utils.scan.read_regular", refuse)
     split = scan_split([tiny_dataset.images], NAMES, cache=False)
     assert len(split) == 3
     assert "a.txt: labels cannot be read: " in split.report.problems[0]
     assert "Permission denied" in split.report.problems[0]
+
+
+def test_a_link_to_labels_that_are_gone_is_not_taken_for_background(tiny_dataset):
+    labels = tiny_dataset.labels / "a.txt"
+    labels.rename(tiny_dataset.root / "share.txt")
+    labels.symlink_to(tiny_dataset.root / "share.txt")
+    assert len(scan_split([tiny_dataset.images], NAMES, cache=False)) == 4
+    (tiny_dataset.root / "share.txt").unlink()
+    split = scan_split([tiny_dataset.images], NAMES, cache=False)
+    assert len(split) == 3
+    assert f"{labels}: labels cannot be read: " in split.report.problems[0]
 
 
 def test_line_ends_of_all_systems(tiny_dataset):

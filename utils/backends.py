@@ -27,6 +27,7 @@ from models.yolo import Model
 from utils.checkpoint import load_detector
 from utils.command import is_out_of_memory
 from utils.export_metadata import ExportMetadata
+from utils.regular_file import read_regular
 from utils.torchscript_check import check_torchscript
 
 OPENVINO_SUFFIX = "_openvino_model"
@@ -35,6 +36,7 @@ TORCHSCRIPT_EXTRA = "config.txt"  # the name under which stock YOLOv5 programs l
 ENGINE_LENGTH = struct.Struct("<I")  # an engine file: length, metadata as JSON, the engine
 # What runtimes say that have no class of error for it, or hide it in one of another kind.
 OUT_OF_MEMORY = ("out of memory", "Failed to allocate memory", "bad_alloc", "bad allocation")
+MAX_FILE_BYTES = 1 << 40
 FORMATS = "a .pt, .onnx, .torchscript or .engine file or a *_openvino_model folder"
 
 
@@ -327,7 +329,7 @@ class EngineNetwork(ExportedNetwork):
         if device.type != "cuda":
             raise ValueError(f"{path}: a TensorRT engine needs an NVIDIA GPU, not {device.type}")
         runtime = import_runtime("tensorrt", path)
-        content = path.read_bytes()
+        content = read_regular(path, MAX_FILE_BYTES)
         start = ENGINE_LENGTH.size
         length = ENGINE_LENGTH.unpack_from(content)[0] if len(content) > start else 0
         self.accept(metadata_from_json(content[start : start + length], path))
@@ -387,7 +389,7 @@ def _openvino_metadata(model: Any) -> dict[str, str]:
 
 def _self_contained(path: Path) -> bytes:
     """An ONNX file, if all its weights are in it: it may name any other file to read them from."""
-    content = path.read_bytes()
+    content = read_regular(path, MAX_FILE_BYTES)
     if _ONNX_LOCATION.search(content):
         raise RuntimeError("keeps weights in other files, as export.py never does")
     return content
@@ -399,9 +401,9 @@ _ONNX_LOCATION = re.compile(rb"(?:\x0a|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)locat
 
 def _check_is_xml(path: Path) -> None:
     """OpenVINO reads other formats too, whatever they are called: ONNX with weights elsewhere."""
-    with path.open("rb") as file:
-        if not file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith((b"<?xml", b"<net")):
-            raise RuntimeError("no XML")
+    content = read_regular(path, MAX_FILE_BYTES)[:64]
+    if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith((b"<?xml", b"<net")):
+        raise RuntimeError("no XML")
 
 
 def _check_ends(path: Path, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from utils.lookup import expand_home, nearest
-from utils.regular_file import open_regular
+from utils.regular_file import read_regular, why_no_file
 
 LOGGER = logging.getLogger(__name__)
 
@@ -137,10 +137,9 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with open_regular(path, MAX_YAML_BYTES) as file:
-        # Bytes, not text: the YAML reader then sees byte order marks and reports bad encodings.
-        text = file.read()
+        raise FileNotFoundError(f"{path}: {why_no_file(path)}")
+    # Bytes, not text: the YAML reader then sees byte order marks and reports bad encodings.
+    text = read_regular(path, MAX_YAML_BYTES)
     try:
         content = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:

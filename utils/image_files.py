@@ -16,7 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.regular_file import open_regular
+from utils.regular_file import open_regular, read_regular
 
 # A small file can say that it has billions of pixels, which would be gigabytes in memory.
 MAX_PIXELS = 1 << 28
@@ -67,8 +67,7 @@ def read_image(path: str | Path, reduction: int = 1) -> np.ndarray:
     """
     # Not cv2.imread: it fails on file names outside the code page on Windows, and OpenCV 5.0
     # fails there on TIFF files with an orientation.
-    with open_regular(path, MAX_FILE_BYTES) as file:
-        content = file.read()
+    content = read_regular(path, MAX_FILE_BYTES)
     if not content:
         raise OSError(f"{path}: the file is empty")
     _check_stated_size(path, _stated_wh(content), len(content), content.startswith(_JPEG_START))

@@ -29,6 +29,16 @@ def open_regular(path: str | Path, max_bytes: int) -> BinaryIO:
     return file  # type: ignore[return-value]  # a RawIOBase reads and seeks as well
 
 
+def read_regular(path: str | Path, max_bytes: int) -> bytes:
+    """All of such a file; errors name it, also those of a drive that fails while it is read."""
+    with open_regular(path, max_bytes) as file:
+        try:
+            content = file.read()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    return content or b""  # None: a file of the system that would wait for what comes next
+
+
 def why_no_file(path: Path, absent: str = "no such file") -> str:
     """In a few words, what is wrong with a path at which there is no regular file."""
     if path.is_dir():

@@ -28,7 +28,7 @@ import numpy as np
 
 from utils.atomic import atomic_write
 from utils.image_files import image_hw, is_image_name, silent_decoder
-from utils.regular_file import open_regular
+from utils.regular_file import open_regular, read_regular
 
 LOGGER = logging.getLogger(__name__)
 
@@ -318,8 +318,7 @@ def _read_list(source: Path) -> tuple[list[str], list[str]]:
 
 def _read_text(path: str | Path, max_bytes: int) -> str:
     """A text file in UTF-8, with any kind of line ends."""
-    with open_regular(path, max_bytes) as file:
-        text = file.read().decode("utf-8-sig")
+    text = read_regular(path, max_bytes).decode("utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -345,9 +344,9 @@ def _scan_image(image: str, num_classes: int | None) -> _Scanned:
     labels = label_path(image)
     try:
         text = _read_text(labels, MAX_LABEL_BYTES)
-    except FileNotFoundError:
-        return _Scanned(hw, None, None)
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, FileNotFoundError) and not os.path.islink(labels):  # noqa: PTH114
+            return _Scanned(hw, None, None)
         # Not a background: the objects are there, we only cannot read where.
         return _Scanned(None, None, f"{labels}: labels cannot be read: {error}")
     return _Scanned(hw, parse_labels(text, labels, num_classes), None)

@@ -31,6 +31,7 @@ from utils.image_files import (
     silent_decoder,
 )
 from utils.lookup import SOURCES, expand_home, no_such_source
+from utils.regular_file import read_regular
 
 LOGGER = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ RECONNECT_WAITS_S = (1.0, 2.0, 4.0)  # before each attempt to get a lost stream 
 STREAM_TIMEOUT_MS = 10_000  # silence after which a stream counts as lost
 MAX_BROKEN = 500  # frames in a row: then the rest of a video is lost
 MAX_BROKEN_LIVE = 3  # failures in a row: then a stream is lost
+MAX_LIST_BYTES = 1 << 28
 FALLBACK_FPS = 25.0  # where a camera or a file does not say
 
 
@@ -126,11 +128,16 @@ def is_media(path: Path) -> bool:
 
 def _media_in(folder: Path) -> tuple[Path, ...]:
     found = sorted(path for path in folder.iterdir() if path.is_file())
-    if not any(map(is_media, found)) and any(is_media(path) for path in folder.rglob("*")):
+    if not any(map(is_media, found)) and _has_media_below(folder):
         raise ValueError(
             f"{folder}: has images and videos in subfolders only; for these: '{folder}/**/*'"
         )
     return _only_media(found, str(folder))
+
+
+def _has_media_below(folder: Path) -> bool:
+    """Whether any of its subfolders has some; what cannot be read, or goes meanwhile, has none."""
+    return any(is_media(Path(name)) for *_, names in os.walk(folder) for name in names)
 
 
 def _only_media(found: list[Path], where: str) -> tuple[Path, ...]:
@@ -143,7 +150,7 @@ def _only_media(found: list[Path], where: str) -> tuple[Path, ...]:
 
 def _read_list(source: Path) -> tuple[Path, ...]:
     try:
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_regular(source, MAX_LIST_BYTES).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not a text file in UTF-8: {error}") from None
     paths = []

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.regular_file import open_regular
+from utils.regular_file import open_regular, why_no_file
 
 MAX_FILE_BYTES = 1 << 40
 MAX_PICKLE_BYTES = 8 << 20  # yolov5n has 80 KB; one operation is a byte, and costs 64 in memory
@@ -35,7 +35,7 @@ def foreign_names(path: Path) -> list[str]:
         ValueError: it is not such a file, damaged, or built to fill the memory.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights file")
+        raise FileNotFoundError(f"{path}: {why_no_file(path, 'no such weights file')}")
     _check_archive(path)
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
