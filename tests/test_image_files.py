@@ -70,6 +70,29 @@ def test_jpeg_orientation_is_applied_and_known_from_the_header(tmp_path, orienta
     assert image[row, column, 2] > 150
 
 
+@pytest.mark.parametrize(
+    ("orientations", "swaps"),
+    [
+        pytest.param((1, 6), (), id="the first counts, unturned"),
+        pytest.param((6, 1), (), id="the first counts, turned"),
+        pytest.param((9, 6), (), id="the first counts, senseless"),
+        pytest.param((6,), ((b"MM\0*", b"MM\0\0"),), id="not TIFF"),
+        pytest.param((6,), ((b"MM\0*", b"XX\0*"),), id="an unknown order of bytes"),
+        pytest.param((6,), ((b"\0\x08\0\x01", b"\0\x08\0\0"),), id="an empty directory"),
+    ],
+)
+def test_odd_exif_blocks_mean_what_the_decoder_takes_them_for(tmp_path, orientations, swaps):
+    path = save(tmp_path / "a.jpg", picture())
+    content = path.read_bytes()
+    for orientation in reversed(orientations):
+        content = with_exif(content, orientation, ">")
+    for good, odd in swaps:
+        assert good in content
+        content = content.replace(good, odd)
+    path.write_bytes(content)
+    assert image_hw(path) == read_image(path).shape[:2]
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".png", ".bmp", ".webp", ".tif", ".tiff"])
 def test_formats(tmp_path, suffix):
     path = save(tmp_path / f"größe 'a' {suffix.lower()}", picture()).rename(tmp_path / f"ä{suffix}")

@@ -35,6 +35,7 @@ _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
 _JPEG_SCAN_MARKER = 0xDA
 _JPEG_APP1_MARKER = 0xE1
+_EXIF_START, _TIFF_MAGIC = b"Exif\0\0", 42
 _EXIF_ORIENTATION_TAG = 0x0112
 _TURNED_BY_90_DEGREES = frozenset({5, 6, 7, 8})
 
@@ -211,7 +212,7 @@ def _jpeg_header(head: bytes) -> tuple[int, int, int, int] | None:
         Height, width, EXIF orientation (1 where there is none) and the position of the first
         pixel data; None when `head` ends before that.
     """
-    size_hw, orientation, position = None, 1, 2
+    size_hw, orientation, position = None, None, 2
     while position + 4 <= len(head):
         if head[position] != 0xFF:
             return None
@@ -226,22 +227,28 @@ def _jpeg_header(head: bytes) -> tuple[int, int, int, int] | None:
         content = head[position + 4 : position + 2 + length]
         if marker in _JPEG_SIZE_MARKERS and len(content) >= 5:
             size_hw = struct.unpack_from(">HH", content, 1)
-        elif marker == _JPEG_APP1_MARKER and content.startswith(b"Exif\0\0"):
-            orientation = _exif_orientation(content[6:])
+        elif marker == _JPEG_APP1_MARKER and orientation is None:
+            orientation = _exif_orientation(content)  # the first block that has one counts
         position += 2 + length
         if marker == _JPEG_SCAN_MARKER:
-            return None if size_hw is None else (*size_hw, orientation, position)
+            return None if size_hw is None else (*size_hw, orientation or 1, position)
     return None
 
 
-def _exif_orientation(tiff: bytes) -> int:
-    """Orientation 1 to 8 from the first directory of an EXIF block; 1 if there is none."""
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None or len(tiff) < 8:
-        return 1
+def _exif_orientation(block: bytes) -> int | None:
+    """What the first directory of an EXIF block states; None if it is none or has no such entry.
+
+    What is not in the order of Intel is read in the other, as OpenCV does.
+    """
+    tiff = block[len(_EXIF_START) :]
+    if not block.startswith(_EXIF_START) or len(tiff) < 8:
+        return None
+    order = "<" if tiff.startswith(b"II") else ">"
+    if struct.unpack_from(f"{order}H", tiff, 2) != (_TIFF_MAGIC,):
+        return None
     (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
     if directory + 2 > len(tiff):
-        return 1
+        return None
     (num_entries,) = struct.unpack_from(f"{order}H", tiff, directory)
     for index in range(num_entries):
         entry = directory + 2 + 12 * index
@@ -249,8 +256,8 @@ def _exif_orientation(tiff: bytes) -> int:
             break
         tag, _, _, value = struct.unpack_from(f"{order}HHIH", tiff, entry)
         if tag == _EXIF_ORIENTATION_TAG:
-            return value if 1 <= value <= 8 else 1
-    return 1
+            return value
+    return None
 
 
 def _jpeg_is_whole(file, pixels_at: int) -> bool:
