@@ -32,7 +32,29 @@ def test_image_sizes_that_cannot_be_drawn_are_refused(script, side, message, cap
     if message is None:
         module.parse_args(command)
         return
+    assert refusal(script, command, capsys).endswith(message)
+
+
+def refusal(script, command, capsys) -> str:
     with pytest.raises(SystemExit) as stop:
-        module.parse_args(command)
+        importlib.import_module(f"utils.flags.{script}").parse_args(command)
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        *((script, ["--batch-size", "9" * 30], f"--batch-size is {'9' * 30}, expected at most 1")
+          for script in ("train", "val", "export", "demo")),
+        ("prune", ["--batch-size", "9" * 30, "--data", "a.yaml"], "expected at most 1000000"),
+        ("train", ["--epochs", "1000000000000"], "is 1000000000000, expected at most 100000"),
+        ("train", ["--nominal-batch", "9" * 30], "expected at most 1000000"),
+        ("train", ["--freeze", "9" * 30], "expected at most 100000"),
+        ("export", ["--nms", "--max-det", "9" * 30], "expected at most 100000"),
+        ("prune", ["--recalibrate", "9" * 30, "--data", "a.yaml"], "expected at most 1000000000"),
+        ("demo", ["--epochs", "1", "9" * 12, "1"], "expected at most 100000"),
+    ],
+)  # fmt: skip
+def test_numbers_that_nothing_could_hold_are_refused(script, flags, message, capsys):
+    assert message in refusal(script, [*NEEDED[script], *flags], capsys)

@@ -229,6 +229,13 @@ def test_a_run_that_is_too_short_and_what_helps():
     assert dataclasses.replace(plan, optimizer="AdamW").fall(0.001) > 0.9
 
 
+@pytest.mark.parametrize("rate", [1e-320, 1e-30])
+def test_a_rate_of_nearly_nothing_is_not_answered_with_a_run_without_end(rate):
+    remark = remarks(a_plan("SGD"), rate, 0.9, None)[0]
+    assert "give it --sparsity_rate" in remark.text
+    assert " epochs" not in remark.text
+
+
 def test_adam_waits_for_the_gradients():
     plan = a_plan("AdamW", epochs=100)
     (remark,) = remarks(plan, 0.001, 0.9, None)

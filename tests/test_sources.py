@@ -121,6 +121,8 @@ def test_addresses_are_shown_without_secrets():
         ("empty.txt", ValueError, "empty.txt: an empty list"),
         ("wrong.txt", ValueError, r"wrong.txt:2: 'rtsp://host/a' has no suffix of an image"),
         ("latin.txt", ValueError, "latin.txt: not a text file in UTF-8"),
+        ("9" * 30, FileNotFoundError, f"{'9' * 30}: no such file or folder"),
+        ("rtsp://user:x@[::1", ValueError, r"^rtsp://\[::1: not an address \(Invalid IPv6 URL\)$"),
         ("gopher://host/a", ValueError, "gopher://host/a: unknown kind of address gopher://"),
     ],
 )

@@ -48,6 +48,7 @@ STREAM_TIMEOUT_MS = 10_000  # silence after which a stream counts as lost
 MAX_BROKEN = 500  # frames in a row: then the rest of a video is lost
 MAX_BROKEN_LIVE = 3  # failures in a row: then a stream is lost
 MAX_LIST_BYTES = 1 << 28
+MAX_CAMERA_DIGITS = 9
 FALLBACK_FPS = 25.0  # where a camera or a file does not say
 
 
@@ -96,10 +97,10 @@ def find_sources(text: str) -> Sources:
         ValueError: there is neither an image nor a video in it.
     """
     path = expand_home(text)
-    if text.isdecimal() and not path.exists():
+    if text.isdecimal() and len(text) <= MAX_CAMERA_DIGITS and not path.exists():
         return Sources(address=int(text))
     if "://" in text:
-        scheme = urlsplit(text).scheme.lower()
+        scheme = _scheme_of(text)
         if scheme not in SCHEMES:
             known = ", ".join(sorted(SCHEMES))
             raise ValueError(f"{text}: unknown kind of address {scheme}://; known are {known}")
@@ -118,6 +119,13 @@ def find_sources(text: str) -> Sources:
             raise FileNotFoundError(f"{text}: no file fits this pattern")
         return Sources(_only_media(found, text))
     raise no_such_source(text)
+
+
+def _scheme_of(address: str) -> str:
+    try:
+        return urlsplit(address).scheme.lower()
+    except ValueError as error:
+        raise ValueError(f"{describe_address(address)}: not an address ({error})") from None
 
 
 def is_media(path: Path) -> bool:

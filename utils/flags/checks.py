@@ -14,6 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKERS_HELP = "loader processes, at most; default: 8 beside a GPU, none where the CPU computes"
 # Pixels. One image of the largest size takes 3 GB; beyond it OpenCV fails with words of its own.
 MIN_IMGSZ, MAX_IMGSZ = 32, 16384
+# Beyond these a typing error is likelier than a wish; torch counts no further than to 2**63, and a
+# plan of all epochs is made before the first.
+MOST_VALUES = {
+    "imgsz": MAX_IMGSZ,
+    **dict.fromkeys(("batch_size", "nominal_batch", "latency_batch"), 1_000_000),
+    **dict.fromkeys(("max_det", "epochs", "freeze"), 100_000),
+    **dict.fromkeys(("recalibrate", "calibration_images", "calib_images"), 1_000_000_000),
+}
 
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
@@ -47,19 +55,22 @@ def flag_of(name: str) -> str:
 def check_least(
     parser: argparse.ArgumentParser, options: argparse.Namespace, least: Mapping[str, float]
 ) -> None:
-    """Numbers, alone or several, must be finite and at least so large; None and words pass."""
+    """Numbers, alone or several, must be finite and at least so large; None and words pass.
+
+    Nor may they be larger than `MOST_VALUES` allows.
+    """
     for name, low in least.items():
+        most = MOST_VALUES.get(name, math.inf)
         for value in _listed(getattr(options, name)):
             if isinstance(value, int | float) and not low <= value < math.inf:
                 parser.error(f"{flag_of(name)} is {value}, expected at least {low}")
+            if isinstance(value, int | float) and value > most:
+                parser.error(f"{flag_of(name)} is {value}, expected at most {most}")
 
 
 def check_imgsz(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Sides of the input must be such that images can be drawn to them; None passes."""
     check_least(parser, options, {"imgsz": MIN_IMGSZ})
-    for side in _listed(options.imgsz):
-        if side is not None and side > MAX_IMGSZ:
-            parser.error(f"--imgsz is {side}, expected at most {MAX_IMGSZ}")
 
 
 def _listed(given: Any) -> list[Any]:

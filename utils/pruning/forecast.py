@@ -42,6 +42,7 @@ RISKY_NOISE_RATIO = 3.0
 DEADLY_SHARE, RISKY_SHARE = 1.0, 0.4
 
 _ROUNDING = 1 + 1e-6  # a rate of auto comes from float32
+MAX_TIMES = 1e6  # as long a run, or as high a rate, is no advice beyond this
 _PIECES_PER_EPOCH = 100  # an epoch of the warm-up, where every step differs, is cut in so many
 _ADAM_SQUARES, _ADAM_EPS = 0.999, 1e-8  # beta2 and eps, as `build_optimizer` leaves them
 
@@ -320,7 +321,7 @@ class Forecast:
         danger = None if needed is None else self._describe_danger(_round_up(needed))
         if is_fixed and needed is not None and not (danger and danger.is_warning):
             remedies.append(f"--sparsity_rate {_round_up(needed):g}")
-        if self.fall > 0:
+        if self.fall * MAX_TIMES > self.median:
             times, first = self.median / self.fall, plan.pieces[0].epoch
             remedies.append(f"{first + math.ceil((plan.epochs - first) * times)} epochs")
             if plan.is_adam:
