@@ -32,6 +32,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.atomic import name_in_errors
 from utils.backends import load_network
 from utils.command import run_command
 from utils.device import describe_device, select_device
@@ -233,7 +234,8 @@ def write_image(path: Path, image: np.ndarray) -> None:
     is_encoded, content = cv2.imencode(path.suffix, image)
     if not is_encoded:
         raise OSError(f"{path}: OpenCV cannot write an image of {image.shape[1::-1]} pixels so")
-    path.write_bytes(content.tobytes())
+    with name_in_errors(path):
+        path.write_bytes(content.tobytes())
 
 
 def check_something_was_read(reader: FrameReader, results: ResultWriter, source: str) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -540,3 +541,24 @@ def test_the_table_of_formats(weights, tiny_dataset, tmp_path, capsys):
     ]
     assert kinds == [("torch", "float32"), *exported]
     assert files_beside(weights) == [], "exports go into a temporary folder"
+
+
+@pytest.mark.parametrize("export_format", ["torchscript", "onnx", "openvino"])
+def test_a_full_disk_is_said_and_leaves_nothing(weights, full_disk, export_format):
+    flags = ["--weights", str(weights), "--img", "64", "--include", export_format]
+    name = "for_openvino.onnx" if export_format == "openvino" else f"tiny.{export_format}"
+    with full_disk(), pytest.raises(OSError, match="too large") as caught:
+        export.main(flags)
+    assert Path(caught.value.filename).name == name
+    assert files_beside(weights) == []
+
+
+def test_openvino_that_cannot_write_is_one_line(weights, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr("openvino.save_model", fail)
+    words = r"tiny_openvino_model: OpenVINO cannot write there \(basic_ios.*see whether the disk"
+    with pytest.raises(OSError, match=words):
+        export.main(["--weights", str(weights), "--img", "64", "--include", "openvino"])
+    assert files_beside(weights) == []

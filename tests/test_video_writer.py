@@ -25,6 +25,16 @@ def test_nothing_written_makes_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_video_that_is_not_whole_is_an_error(tmp_path, full_disk):
+    writer = VideoWriter(tmp_path / "a.mp4", 25)
+    noise = np.random.default_rng(0).integers(0, 255, (240, 320, 3), np.uint8)
+    with full_disk():
+        for _ in range(9):
+            writer.write(noise)
+        with pytest.raises(OSError, match=r"a\.mp4: \d of 9 frames could be written; free some"):
+            writer.close()
+
+
 @pytest.mark.parametrize("fps", [12.5, 25, 30000 / 1001, 60, 1])
 def test_rate_and_length(tmp_path, fps):
     path = tmp_path / "höhe 1.mp4"

@@ -22,6 +22,7 @@ import yaml
 from torch import Tensor, nn
 
 from models.yolo import Model
+from utils.atomic import name_in_errors
 from utils.backends import (
     ENGINE_LENGTH,
     OPENVINO_INFO,
@@ -114,7 +115,11 @@ def write_torchscript(
     with _quiet():
         traced = torch.jit.trace(graph, images, check_trace=False)
         extra = {TORCHSCRIPT_EXTRA: metadata_to_json(metadata)}
-        torch.jit.save(traced, path, _extra_files=extra)
+        # Not to the file itself: where that fails, as on a full disk, torch ends the process.
+        content = io.BytesIO()
+        torch.jit.save(traced, content, _extra_files=extra)
+    with name_in_errors(path):
+        path.write_bytes(content.getbuffer())
 
 
 def write_onnx(
@@ -145,18 +150,19 @@ def write_onnx(
         axes = {INPUT: {2: "height", 3: "width"}}
         if not metadata.has_nms:
             axes = {INPUT: {0: "batch"} | axes[INPUT], OUTPUT: {0: "batch", 1: "predictions"}}
+    content = io.BytesIO()
     with _quiet():
         torch.onnx.export(
             graph,
             (images,),
-            str(path),
+            cast(Any, content),  # its types know files alone
             dynamo=False,
             opset_version=opset,
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_axes=axes,
         )
-    model = onnx.load(str(path))
+    model = onnx.load_from_string(content.getvalue())
     if simplify:
         onnxslim = import_runtime("onnxslim", "--simplify")
         with _quiet():
@@ -164,7 +170,8 @@ def write_onnx(
     onnx.helper.set_model_props(model, metadata.to_text())
     model.producer_name = "yolov5-slim"
     onnx.checker.check_model(model)
-    onnx.save(model, str(path))
+    with name_in_errors(path):
+        path.write_bytes(model.SerializeToString())
 
 
 def write_openvino(onnx_path: Path, metadata: ExportMetadata, folder: Path, stem: str) -> None:
@@ -177,12 +184,17 @@ def write_openvino(onnx_path: Path, metadata: ExportMetadata, folder: Path, stem
     for key, value in metadata.to_text().items():
         model.set_rt_info(value, [OPENVINO_INFO, key])
     folder.mkdir()
-    openvino.save_model(
-        model, str(folder / f"{stem}.xml"), compress_to_fp16=metadata.precision == "float16"
-    )
+    is_half = metadata.precision == "float16"
+    try:
+        openvino.save_model(model, str(folder / f"{stem}.xml"), compress_to_fp16=is_half)
+    except RuntimeError as error:  # it says no more than that
+        raise OSError(
+            f"{folder}: OpenVINO cannot write there ({error}); see whether the disk is full"
+        ) from None
     facts = {"stride": metadata.stride, "names": dict(enumerate(metadata.names))}
     text = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
-    (folder / f"{stem}.yaml").write_text(text, encoding="utf-8")
+    with name_in_errors(folder / f"{stem}.yaml"):
+        (folder / f"{stem}.yaml").write_text(text, encoding="utf-8")
 
 
 def write_engine(onnx_path: Path, metadata: ExportMetadata, path: Path) -> None:
@@ -205,7 +217,8 @@ def write_engine(onnx_path: Path, metadata: ExportMetadata, path: Path) -> None:
     if engine is None:
         raise ValueError(f"{path.name}: TensorRT could not build the engine; its log says why")
     header = metadata_to_json(metadata).encode("utf-8")
-    path.write_bytes(ENGINE_LENGTH.pack(len(header)) + header + bytes(engine))
+    with name_in_errors(path):
+        path.write_bytes(ENGINE_LENGTH.pack(len(header)) + header + bytes(engine))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from utils.augment import letterbox
-from utils.image_files import is_unicode
+from utils.image_files import is_unicode, silent_decoder
 
 _CODEC = "mp4v"  # MPEG-4 part 2: every build of OpenCV has it
 
@@ -55,10 +55,24 @@ class VideoWriter:
         self._hold(1)
 
     def close(self) -> None:
-        """Complete the file."""
-        if self._writer is not None:
-            self._writer.release()
-            self._writer = None
+        """Complete the file.
+
+        Raises:
+            OSError: it did not become whole, which OpenCV does not tell.
+        """
+        if self._writer is None:
+            return
+        self._writer.release()
+        self._writer = None
+        with silent_decoder():
+            written = cv2.VideoCapture(str(self.path))
+            count = int(written.get(cv2.CAP_PROP_FRAME_COUNT))
+            written.release()
+        if count < self.num_written:
+            raise OSError(
+                f"{self.path}: {max(count, 0)} of {self.num_written} frames could be written; free "
+                "some space there, or write elsewhere"
+            )
 
     def _open(self, image: np.ndarray) -> None:
         if not is_unicode(self.path):
