@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import re
 import struct
 import subprocess
@@ -413,6 +414,26 @@ def test_a_file_that_gives_something_else(shape, dtype, has_nms, problem, model,
     network = load_network(path, CPU)
     with pytest.raises(ValueError, match=rf"x.*: gives {problem}.*: export the \.pt"):
         network(torch.full((1, 3, SIDE, SIDE), float(len(NAMES))))
+
+
+@pytest.mark.parametrize("cls", [1.5, -1.0, -0.5, float("nan"), float("inf"), len(NAMES) - 0.5])
+@pytest.mark.parametrize("export_format", RUNTIMES)
+def test_classes_are_whole_numbers_that_have_names(export_format, cls, model, tmp_path):
+    path = write_reshaping(export_format, tmp_path, facts(model, has_nms=True), 1, 2048, 6)
+    network = load_network(path, CPU)
+    assert network(torch.full((1, 3, SIDE, SIDE), 1.0))[0].shape == (1, 2048, 6)
+    with pytest.raises(ValueError, match="gives classes that it has no names for"):
+        network(torch.full((1, 3, SIDE, SIDE), cls))
+
+
+@pytest.mark.parametrize("export_format", RUNTIMES)
+def test_names_that_are_no_utf8_are_names(export_format, model, tmp_path):
+    path = export(model, export_format, tmp_path)
+    try:
+        odd = path.rename(tmp_path / os.fsdecode(b"na\xefve" + os.fsencode(path.name)))
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    assert load_network(odd, CPU)(pictures(1))[0].shape[0] == 1
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_file(model, tmp_path, monkeypatch):

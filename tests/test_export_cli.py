@@ -562,3 +562,13 @@ def test_openvino_that_cannot_write_is_one_line(weights, monkeypatch):
     with pytest.raises(OSError, match=words):
         export.main(["--weights", str(weights), "--img", "64", "--include", "openvino"])
     assert files_beside(weights) == []
+
+
+def test_activations_without_ranges_are_said(weights, tiny_dataset, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("Too many bins for data range. Cannot create 2048 finite-sized bins.")
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_static", fail)
+    flags = ["--data", str(tiny_dataset.yaml), "--img", "64", "--int8", "--include", "onnx"]
+    with pytest.raises(ValueError, match=r"--int8: activations have no ranges .*Too many bins"):
+        export.main(["--weights", str(weights), *flags])

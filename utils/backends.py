@@ -305,9 +305,9 @@ class TorchScriptNetwork(ExportedNetwork):
         check_torchscript(path)
         extra: dict[str, Any] = {TORCHSCRIPT_EXTRA: ""}
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), path.open("rb") as file:  # the name may be no UTF-8
                 warnings.simplefilter("ignore", FutureWarning)  # deprecated, and widely used
-                script = torch.jit.load(path, map_location=device, _extra_files=extra)
+                script = torch.jit.load(file, map_location=device, _extra_files=extra)
         except (RuntimeError, ValueError) as error:
             raise _unreadable(path, "TorchScript file", error) from None
         self.accept(metadata_from_json(extra[TORCHSCRIPT_EXTRA], path))
@@ -415,7 +415,8 @@ def _check_ends(path: Path, inputs: Sequence[Any], outputs: Sequence[Any]) -> No
 
 
 def _are_classes(numbers: Tensor, num_classes: int) -> bool:
-    return bool(((numbers >= 0) & (numbers < num_classes)).all())
+    is_whole = numbers == numbers.floor()
+    return bool((is_whole & (numbers >= 0) & (numbers < num_classes)).all())
 
 
 def _last_words(error: Exception) -> str:

@@ -273,19 +273,25 @@ def quantize(source: Path, target: Path, batches: Sequence[Tensor], for_openvino
     onnx = import_runtime("onnx", target.name)
     quantization = import_runtime("onnxruntime.quantization", target.name)
     with _quiet():
-        quantization.quantize_static(
-            str(source),
-            str(target),
-            _Calibration(batches),
-            quant_format=quantization.QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            calibrate_method=quantization.CalibrationMethod.Percentile,
-            op_types_to_quantize=["Conv"] if for_openvino else None,
-            nodes_to_exclude=_from_last_convolutions(onnx.load(str(source)).graph),
-            extra_options={"CalibPercentile": 99.99, "CalibStridedMinMax": 1},
-        )
+        try:
+            quantization.quantize_static(
+                str(source),
+                str(target),
+                _Calibration(batches),
+                quant_format=quantization.QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+                calibrate_method=quantization.CalibrationMethod.Percentile,
+                op_types_to_quantize=["Conv"] if for_openvino else None,
+                nodes_to_exclude=_from_last_convolutions(onnx.load(str(source)).graph),
+                extra_options={"CalibPercentile": 99.99, "CalibStridedMinMax": 1},
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"--int8: activations have no ranges that 8 bits could hold ({error}); a network "
+                "that was never trained has none"
+            ) from None
 
 
 def _from_last_convolutions(graph: Any) -> list[str]:
