@@ -394,3 +394,9 @@ def test_a_title_keeps_its_number():
     assert text.endswith("…: 12 boxes")
     assert font.getlength(text) <= 90
     assert _fit("a", font, 900, ": 1 box") == "a: 1 box"
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_that_the_font_lacks_are_drawn_without_a_warning(tmp_path):
+    plot_confusion_matrix(np.eye(3), ("\u732b", "\U0001f600"), tmp_path / "a.png")
+    assert _is_picture(tmp_path / "a.png")

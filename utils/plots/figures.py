@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -68,7 +69,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, out: str | Path) -> None:
     """At a size that screens show in full."""
-    figure.savefig(out, dpi=110)
+    with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(out, dpi=110)
 
 
 def save_note(text: str, out: str | Path) -> None:
