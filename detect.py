@@ -40,7 +40,7 @@ from utils.downloads import find_weights
 from utils.output_names import safe_name, stem_for_numbers, unique_stems
 from utils.pipeline import DetectionSettings, Pipeline, check_half
 from utils.plots.images import annotate
-from utils.run_dir import new_run_dir, save_options
+from utils.run_dir import open_run_dir, save_options
 from utils.sources import Frame, FrameReader, Sources, describe_address, find_sources
 from utils.video_writer import VideoWriter
 from utils.window import check_display, show
@@ -66,16 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipeline = Pipeline(network, device, settings(options))
     LOGGER.info("%s network on %s", network.format, describe_device(device))
     reader = FrameReader(sources, options.vid_stride)
-    run_dir = new_run_dir(options.project, options.name, options.exist_ok)
     if isinstance(sources.address, str):
         options.source = describe_address(sources.address)  # opt.yaml must not tell a password
-    save_options(run_dir / "opt.yaml", vars(options))
-
-    results = ResultWriter(run_dir, sources, network.names, options)
-    started = time.perf_counter()
-    detect(reader, pipeline, results, options)
-    seconds = time.perf_counter() - started
-    check_something_was_read(reader, results, options.source)
+    with open_run_dir(options.project, options.name, options.exist_ok) as run_dir:
+        save_options(run_dir / "opt.yaml", vars(options))
+        results = ResultWriter(run_dir, sources, network.names, options)
+        started = time.perf_counter()
+        detect(reader, pipeline, results, options)
+        seconds = time.perf_counter() - started
+        check_something_was_read(reader, results, options.source)
     print_summary(reader, pipeline, results, seconds)
     LOGGER.info("results in %s", run_dir)
 

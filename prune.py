@@ -96,7 +96,7 @@ from utils.pruning.verdict import (
     measure_readiness,
     read_history,
 )
-from utils.run_dir import new_run_dir, save_options, write_text_atomic
+from utils.run_dir import open_run_dir, save_options, write_text_atomic
 
 ROOT = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("prune")
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prune(options, device, None, warnings)
             LOGGER.info("dry run: nothing was written")
             return
-        with open_run_dir(options) as run_dir:
+        with open_run_dir(options.project, options.name, options.exist_ok) as run_dir:
             prune(options, device, run_dir, warnings)
 
 
@@ -136,25 +136,6 @@ def collect_warnings() -> Iterator[list[str]]:
         yield messages
     finally:
         logging.getLogger().removeHandler(collector)
-
-
-@contextlib.contextmanager
-def open_run_dir(options: argparse.Namespace) -> Iterator[Path]:
-    """Make the run folder before the long work; what is still empty at the end goes again.
-
-    Raises:
-        OSError: no folder can be made there, or not written to.
-    """
-    place = Path(options.project) / options.name
-    absent = [folder for folder in place.parents if not folder.exists()]
-    is_reused = options.exist_ok and place.exists()
-    run_dir = new_run_dir(options.project, options.name, options.exist_ok)
-    try:
-        yield run_dir
-    finally:
-        for folder in absent if is_reused else [run_dir, *absent]:
-            with contextlib.suppress(OSError):  # not empty, or gone
-                folder.rmdir()
 
 
 def prune(

@@ -71,7 +71,7 @@ from utils.plots.evaluation import (
 from utils.plots.figures import draw
 from utils.plots.images import plot_batch
 from utils.profile import count_gflops, count_parameters
-from utils.run_dir import new_run_dir, save_options, write_text_atomic
+from utils.run_dir import open_run_dir, save_options, write_text_atomic
 from utils.yolo_text import write_text
 
 ROOT = Path(__file__).resolve().parent
@@ -90,26 +90,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_data(options)
     models = {weights: load_network(weights, data, options, device) for weights in options.weights}
     split = scan(data, options)
-    run_dir = new_run_dir(options.project, options.name, options.exist_ok)
-    save_options(run_dir / "opt.yaml", vars(options))
-
-    if options.task == "study":
-        study(models, split, data.names, run_dir, options, device, precision)
-    else:
-        (model,) = models.values()
-        imgsz = options.imgsz = select_imgsz(model, options)
-        describe_network(model, imgsz)
-        loader = build_network_loader(model, split, imgsz, options)
-        saver = BatchSaver(run_dir, split, data.names, options)
-        result = run(model, loader, data.names, options, device, precision, saver)
-        save_results(result, imgsz, run_dir, speed_only=options.task == "speed")
-        if options.task != "speed":
-            print_table(result, options.verbose)
-            if options.save_json:
-                score_as_coco(saver, split, run_dir)
-            if not options.noplots:
-                draw_curves(result, run_dir)
-        print_speed(result, imgsz)
+    with open_run_dir(options.project, options.name, options.exist_ok) as run_dir:
+        save_options(run_dir / "opt.yaml", vars(options))
+        if options.task == "study":
+            study(models, split, data.names, run_dir, options, device, precision)
+        else:
+            (model,) = models.values()
+            validate(model, split, data.names, run_dir, options, device, precision)
     LOGGER.info("results in %s", run_dir)
 
 
@@ -193,6 +180,31 @@ def describe_network(model: Model | ExportedNetwork, imgsz: int) -> None:
         "network: %s parameters, %.2f GFLOPs at %d x %d",
         f"{count_parameters(model):,}", count_gflops(model, imgsz), imgsz, imgsz,
     )  # fmt: skip
+
+
+def validate(
+    model: Model | ExportedNetwork,
+    split: Split,
+    names: tuple[str, ...],
+    run_dir: Path,
+    options: argparse.Namespace,
+    device: torch.device,
+    precision: torch.dtype,
+) -> None:
+    """Evaluate one network, print and save what was found."""
+    imgsz = options.imgsz = select_imgsz(model, options)
+    describe_network(model, imgsz)
+    loader = build_network_loader(model, split, imgsz, options)
+    saver = BatchSaver(run_dir, split, names, options)
+    result = run(model, loader, names, options, device, precision, saver)
+    save_results(result, imgsz, run_dir, speed_only=options.task == "speed")
+    if options.task != "speed":
+        print_table(result, options.verbose)
+        if options.save_json:
+            score_as_coco(saver, split, run_dir)
+        if not options.noplots:
+            draw_curves(result, run_dir)
+    print_speed(result, imgsz)
 
 
 def build_network_loader(

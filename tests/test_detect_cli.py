@@ -92,6 +92,13 @@ def frames_of(path):
     return capture.get(cv2.CAP_PROP_FPS), frames
 
 
+def test_a_run_that_saw_nothing_leaves_no_folder(run, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    with pytest.raises(OSError, match=r"nothing in it can be read: .*bad\.jpg"):
+        run(tmp_path / "bad.jpg", "--save-txt")
+    assert not (tmp_path / "runs").exists()
+
+
 # ----------------------------------------------------------------------------------------- options
 @pytest.mark.parametrize(
     ("arguments", "message"),

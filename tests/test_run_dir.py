@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from utils.run_dir import ResultsCsv, new_run_dir, read_results, save_options
+from utils.run_dir import ResultsCsv, new_run_dir, open_run_dir, read_results, save_options
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,53 @@ def test_new_run_dir_errors_name_the_reason(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         new_run_dir(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/..", "/"])
+def test_a_name_that_names_no_folder_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"--name {name}: expected the name of a folder"):
+        new_run_dir(tmp_path, name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("project", ["file", "file/a/b"])
+def test_a_file_in_the_way_is_named(tmp_path, project):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=f"cannot write to .*{project}/exp: .*/file is no folder"):
+        new_run_dir(tmp_path / project)
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        pytest.param([], [], id="nothing"),
+        pytest.param(["opt.yaml"], [], id="options alone"),
+        pytest.param(["opt.yaml", "labels/"], [], id="and an empty folder"),
+        pytest.param(["opt.yaml", "labels/a.txt"], ["labels", "opt.yaml"], id="a result"),
+        pytest.param(["a.jpg"], ["a.jpg"], id="a picture"),
+    ],
+)
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_run_that_fails_leaves_no_empty_folder(tmp_path, files, left, error):
+    def fail():
+        with open_run_dir(tmp_path / "runs" / "val") as run_dir:
+            for name in files:
+                path = run_dir / name
+                path.parent.mkdir(exist_ok=True)
+                path.mkdir() if name.endswith("/") else path.write_text("")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    found = sorted(path.name for path in tmp_path.glob("runs/val/exp/*"))
+    assert found == left
+    assert (tmp_path / "runs").exists() == bool(left)
+
+
+def test_options_alone_are_enough_of_a_run_that_ends_well(tmp_path):
+    with open_run_dir(tmp_path) as run_dir:
+        (run_dir / "opt.yaml").write_text("")
+    assert (run_dir / "opt.yaml").exists()
 
 
 def test_save_options_writes_plain_readable_yaml(tmp_path):

@@ -44,6 +44,13 @@ def files_of(run_dir):
     return {path.name for path in run_dir.iterdir()}
 
 
+def test_a_run_that_fails_leaves_no_empty_folder(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(val, "evaluate", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        val.main([*command, "--save-txt"])
+    assert not (tmp_path / "runs").exists()
+
+
 # ------------------------------------------------------------------------------------- options
 @pytest.mark.parametrize(
     ("arguments", "message"),

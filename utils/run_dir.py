@@ -8,7 +8,8 @@ import csv
 import io
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,45 @@ import yaml
 
 from utils.atomic import atomic_write
 from utils.lookup import expand_home
+
+OPTIONS = "opt.yaml"
+
+
+@contextmanager
+def open_run_dir(project: str | Path, name: str = "exp", exist_ok: bool = False) -> Iterator[Path]:
+    """Yield a new run folder; if a run ends without results, nothing of it is left.
+
+    Made before the long work, so that it is seen whether it can be. What goes, and only if it is
+    new, are empty folders, and saved options where an error has left nothing beside them.
+
+    Raises:
+        ValueError, OSError: as `new_run_dir` does.
+    """
+    place = expand_home(project) / name
+    absent = [folder for folder in place.parents if not folder.exists()]
+    is_reused = exist_ok and place.exists()
+    run_dir = new_run_dir(project, name, exist_ok)
+    is_done = False
+    try:
+        yield run_dir
+        is_done = True
+    finally:
+        if not is_reused:
+            _tidy(run_dir, is_done)
+        for folder in absent:
+            with suppress(OSError):  # not empty, or gone
+                folder.rmdir()
+
+
+def _tidy(run_dir: Path, is_done: bool) -> None:
+    """Remove a folder in which no run has left anything."""
+    with suppress(OSError):  # not empty, or gone
+        if not is_done:
+            for entry in [entry for entry in run_dir.iterdir() if entry.is_dir()]:
+                entry.rmdir()
+            if [entry.name for entry in run_dir.iterdir()] == [OPTIONS]:
+                (run_dir / OPTIONS).unlink()
+        run_dir.rmdir()
 
 
 def new_run_dir(project: str | Path, name: str = "exp", exist_ok: bool = False) -> Path:
@@ -30,19 +70,28 @@ def new_run_dir(project: str | Path, name: str = "exp", exist_ok: bool = False) 
         exist_ok: reuse `project/name` instead of counting up.
 
     Raises:
-        ValueError: `name` is empty.
+        ValueError: `name` is empty, or names no folder of its own.
         OSError: the folder cannot be made or written to (no permission, a file is in the way).
     """
     if not name.strip():
         raise ValueError("a run needs a name; --name is empty")
     first = expand_home(project) / name
+    if Path(name).name in ("", ".."):
+        raise ValueError(f"--name {name}: expected the name of a folder to make in {project}")
     try:
         run_dir = _make_run_dir(first, exist_ok)
         with tempfile.TemporaryFile(dir=run_dir):  # now, not after hours of work
             return run_dir
     except OSError as error:
         reason = error.strerror or error
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason = f"{_first_file(first)} is no folder"
         raise OSError(f"cannot write to {first}: {reason}; see --project, --name") from None
+
+
+def _first_file(path: Path) -> Path:
+    """What is in the way of a folder."""
+    return next(part for part in (*reversed(path.parents), path) if not part.is_dir())
 
 
 def _make_run_dir(first: Path, exist_ok: bool) -> Path:
