@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import threading
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,8 +135,15 @@ def test_damaged_disk_cache_is_passed_over(tiny_dataset, split):
         np.lib.format.write_array_header_1_0(file, shape)
         file.write(bytes(48 * 64 * 3))
     assert torch.equal(dataset[0].image, expected)
-    np.save(first, np.full((48, 64, 3), 7, np.uint8))
+    write_cached(first, np.full((48, 64, 3), 7, np.uint8))
     assert (dataset[0].image[:, 32, 32] == 7).all(), "a good one is read"
+    assert (np.load(first) == 7).all()
+
+
+def write_cached(path, image) -> None:
+    with path.open("wb") as file:
+        np.save(file, image)
+        file.write(zlib.crc32(image.tobytes()).to_bytes(4, "little"))
 
 
 def test_disk_cache_in_a_read_only_place(tiny_dataset, split, caplog):
@@ -201,6 +209,29 @@ def test_what_a_power_cut_has_shortened_is_written_again(tiny_dataset, split):
         file.write_bytes(contents[file][:length])
     DetectionDataset(split, 64, cache="disk")
     assert {file: file.read_bytes() for file in disk_files(tiny_dataset)} == contents
+
+
+DAMAGES = {
+    "zeros at the end": lambda content: content[:5000] + bytes(len(content) - 5000),
+    "zeros only": lambda content: bytes(len(content)),
+    "zeros for pixels": lambda content: content[:128] + bytes(len(content) - 128),
+    "zeros within": lambda content: content[:4096] + bytes(512) + content[4608:],
+    "a bit": lambda content: content[:4096] + bytes([content[4096] ^ 4]) + content[4097:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_a_power_cut_has_emptied_is_seen_and_written_again(tiny_dataset, split, damage):
+    expected = DetectionDataset(split, 64)[0].image
+    DetectionDataset(split, 64, cache="disk")
+    first = disk_files(tiny_dataset)[0]
+    whole = first.read_bytes()
+    first.write_bytes(DAMAGES[damage](whole))
+    assert len(first.read_bytes()) == len(whole)
+    dataset = DetectionDataset(split, 64, cache="disk")
+    assert torch.equal(dataset[0].image, expected)
+    DetectionDataset(split, 64, cache="disk")
+    assert first.read_bytes() == whole
 
 
 def test_several_files_are_looked_at_at_a_time(split, monkeypatch):
