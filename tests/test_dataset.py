@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from utils import dataset as loaders
+from utils import device as devices
 from utils.boxes import to_letterbox, xyxy_from_cxcywh
 from utils.config import load_hyperparameters
 from utils.dataset import (
@@ -460,6 +461,13 @@ def test_an_epoch_can_be_taken_up_after_some_of_its_batches(split):
     assert len(loader) == len(whole) == 4
     loader.set_epoch(2, first_batch=4)
     assert list(loader) == []
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(1, 6), (3, 2), (8, 1)])
+def test_processes_that_train_together_share_the_cores(split, monkeypatch, ranks, expected):
+    monkeypatch.setattr(devices, "num_usable_cores", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert build_loader(DetectionDataset(split, 64), 2).dataset.num_threads == expected
 
 
 def test_workers_leave_the_answer_to_signals_to_their_parent(split):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from utils import device as devices
 from utils.device import count_loader_processes, memory_text, select_device, select_precision
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -39,8 +40,23 @@ def test_precision():
 
 
 @pytest.mark.parametrize(
-    ("requested", "device", "expected"),
-    [(None, "cpu", 0), (None, "cuda:0", 8), (3, "cpu", 3), (0, "cuda:0", 0)],
+    ("requested", "device", "cores", "ranks", "expected"),
+    [
+        (None, "cpu", 64, 1, 0),
+        (None, "cuda:0", 64, 1, 8),
+        (None, "cuda:0", 64, 8, 8),
+        (None, "cuda:0", 16, 4, 4),
+        (None, "cuda:0", 4, 1, 4),
+        (None, "cuda:0", 2, 8, 1),
+        (3, "cpu", 64, 1, 3),
+        (0, "cuda:0", 64, 1, 0),
+        (12, "cuda:0", 16, 4, 12),
+    ],
 )
-def test_processes_load_images_where_the_cpu_has_nothing_else_to_do(requested, device, expected):
+def test_processes_load_images_where_the_cpu_has_nothing_else_to_do(
+    requested, device, cores, ranks, expected, monkeypatch
+):
+    """All that train together on a machine load with its cores, not each of them."""
+    monkeypatch.setattr(devices, "num_usable_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert count_loader_processes(requested, torch.device(device)) == expected

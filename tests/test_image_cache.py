@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from utils import device as devices
 from utils import image_cache
 from utils.config import load_hyperparameters
 from utils.dataset import DetectionDataset, build_loader
@@ -176,14 +177,19 @@ def test_a_damaged_image_is_not_cached(tiny_dataset, split, caplog):
     assert caplog.text == "", "it is named where it is used"
 
 
-@pytest.mark.parametrize("kind", ["ram", "disk"])
-def test_all_cores_fill_the_cache(split, kind, monkeypatch):
-    asked = []
-    monkeypatch.setattr(image_cache, "num_usable_cores", lambda: asked.append(kind) or 3)
+@pytest.mark.parametrize(
+    ("kind", "ranks", "expected"), [("ram", 1, 6), ("ram", 3, 2), ("disk", 3, 6)]
+)
+def test_all_cores_fill_the_cache(split, kind, ranks, expected, monkeypatch):
+    """That in memory each process fills for itself, that on disk one after the other."""
+    assert 1 <= devices.num_usable_cores() <= (os.cpu_count() or 1)
+    used = []
+    for module in (devices, image_cache):
+        monkeypatch.setattr(module, "num_usable_cores", lambda: 6)
+    monkeypatch.setattr(image_cache, "_for_each", lambda *given: used.append(given[2]))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     DetectionDataset(split, 64, cache=kind)
-    assert asked == [kind]
-    monkeypatch.undo()
-    assert 1 <= image_cache.num_usable_cores() <= (os.cpu_count() or 1)
+    assert used[-1] == expected
 
 
 def test_the_disk_cache_leaves_no_half_files(tiny_dataset, split, monkeypatch):

@@ -53,7 +53,8 @@ from utils.augment import (
 )
 from utils.boxes import Letterbox
 from utils.config import Hyperparameters
-from utils.image_cache import build_image_cache, num_usable_cores
+from utils.device import num_own_cores, num_usable_cores
+from utils.image_cache import build_image_cache
 from utils.image_files import MAX_FILE_BYTES, REDUCTIONS, read_image
 from utils.regular_file import open_regular
 from utils.scan import ScanReport, Split, scan_split
@@ -653,7 +654,8 @@ def build_loader(
         batch_size: images per batch of this rank. The last batch may be smaller.
         workers: processes that load, never more than CPU cores or batches. They live as long as the
             loader. With 0 this process loads when a batch is asked for, with all its cores: where
-            the CPU computes as well, processes would only take them away from it.
+            the CPU computes as well, processes would only take them away from it. Processes that
+            train together share the cores.
         shuffle: random order, another one each epoch. Rectangular batches are shuffled as wholes.
         seed: of the order.
         rank: this process among `world_size`; -1 means there is only one.
@@ -689,7 +691,7 @@ def build_loader(
         pin_memory = torch.cuda.is_available()
     return Loader(
         dataset,
-        1 if workers else num_usable_cores(),
+        1 if workers else num_own_cores(),
         batch_sampler=sampler,
         num_workers=workers,
         pin_memory=pin_memory,

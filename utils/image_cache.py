@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from utils.atomic import atomic_write
-from utils.device import local_world_size
+from utils.device import local_world_size, num_own_cores, num_usable_cores
 from utils.regular_file import read_regular
 
 LOGGER = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class RamCache:
             return None
         LOGGER.info("caching images in memory: %s", size)
         cache = cls(resized_hw, load)
-        _for_each(cache._keep, range(len(resized_hw)), num_usable_cores())
+        _for_each(cache._keep, range(len(resized_hw)), num_own_cores())
         return cache
 
     @classmethod
@@ -217,7 +217,7 @@ class DiskCache:
             _for_each(look, range(len(paths)), LOOKS)
             if todo and not _make_room([files[index] for index in todo], resized_hw[todo]):
                 return None
-            _for_each(keep, sorted(todo), num_usable_cores())
+            _for_each(keep, sorted(todo), num_usable_cores())  # the other processes wait for it
         except OSError as error:
             LOGGER.warning("no image cache: %s", error)
             return None
@@ -341,13 +341,6 @@ def _for_each(action: Callable[[int], None], indices: Iterable[int], num_threads
             deque(waiting, maxlen=0)  # after an error or Ctrl-C the others end too
     for thread in threads:
         thread.result()
-
-
-def num_usable_cores() -> int:
-    """CPU cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _gigabytes(num_bytes: float) -> str:

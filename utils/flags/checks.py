@@ -11,7 +11,7 @@ from typing import Any
 from utils.device_text import gpu_indices
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKERS_HELP = "loader processes, at most; default: 8 beside a GPU, none where the CPU computes"
+WORKERS_HELP = "loader processes, at most; default: up to 8 beside a GPU, none on a CPU"
 # Pixels. One image of the largest size takes 3 GB; beyond it OpenCV fails with words of its own.
 MIN_IMGSZ, MAX_IMGSZ = 32, 16384
 # Beyond these a typing error is likelier than a wish; torch counts no further than to 2**63, and a
