@@ -470,6 +470,19 @@ def test_processes_that_train_together_share_the_cores(split, monkeypatch, ranks
     assert build_loader(DetectionDataset(split, 64), 2).dataset.num_threads == expected
 
 
+@pytest.mark.parametrize(
+    ("cache", "forks", "expected"),
+    [("ram", True, 1), ("ram", False, 0), ("disk", False, 1), (None, False, 1)],
+)
+def test_images_in_memory_are_held_once(split, monkeypatch, caplog, cache, forks, expected):
+    """A process that is not forked would be sent a copy of the cache, of any size."""
+    monkeypatch.setattr(loaders, "FORKS", forks)
+    caplog.set_level("INFO")
+    dataset = DetectionDataset(split, 64, cache=cache)
+    assert build_loader(dataset, 2, workers=1).num_workers == expected
+    assert ("each would hold a copy" in caplog.text) == (not expected)
+
+
 def test_workers_leave_the_answer_to_signals_to_their_parent(split):
     """Ctrl-C and batch systems signal them as well, while the parent still needs their batches."""
     loader = build_loader(DetectionDataset(split, 64, hyp=LOW), 1, workers=1)

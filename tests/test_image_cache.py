@@ -90,9 +90,13 @@ def test_ram_cache_is_refused_where_it_does_not_fit(split, monkeypatch, caplog):
     assert torch.equal(dataset[0].image, expected)
 
 
-def test_available_memory_is_plausible():
-    available = image_cache.available_memory()
-    assert available is None or 2**20 < available < 2**50
+def test_ram_cache_is_refused_where_nobody_knows_what_fits(split, monkeypatch, caplog):
+    monkeypatch.setattr(image_cache, "available_memory", lambda: None)
+    expected = DetectionDataset(split, 64)[0].image
+    dataset = DetectionDataset(split, 64, cache="ram")
+    assert dataset._cache is None
+    assert "this system does not say how much is free; --cache disk needs none" in caplog.text
+    assert torch.equal(dataset[0].image, expected)
 
 
 def disk_files(tiny_dataset) -> list[Path]:

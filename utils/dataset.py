@@ -54,7 +54,7 @@ from utils.augment import (
 from utils.boxes import Letterbox
 from utils.config import Hyperparameters
 from utils.device import num_own_cores, num_usable_cores
-from utils.image_cache import build_image_cache
+from utils.image_cache import RamCache, build_image_cache
 from utils.image_files import MAX_FILE_BYTES, REDUCTIONS, read_image
 from utils.regular_file import open_regular
 from utils.scan import ScanReport, Split, scan_split
@@ -85,6 +85,7 @@ NUM_PROBES = 16  # images looked at to tell one lost image from a lost drive
 
 # Sockets in it have names of up to 107 bytes. Beyond, workers lose every batch and are waited for.
 LONGEST_TEMPDIR = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
+FORKS = sys.platform == "linux"  # a new process shares the memory of this one
 WORKER_GRACE = 300  # seconds that a worker lives on after SIGTERM: longer than a step may take
 
 RECT_PAD = 0.5  # of rectangular evaluation batches, in strides
@@ -687,6 +688,9 @@ def build_loader(
         world_size=world_size,
     )
     workers = min(workers, num_usable_cores(), len(sampler))
+    if workers and not FORKS and isinstance(dataset._cache, RamCache):
+        LOGGER.info("--cache ram: no loader processes, as each would hold a copy of all images")
+        workers = 0
     if pin_memory is None:
         pin_memory = torch.cuda.is_available()
     return Loader(
@@ -698,7 +702,7 @@ def build_loader(
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
         # Forked workers share the images cached in memory instead of copying them.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        multiprocessing_context="fork" if workers and FORKS else None,
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from utils.atomic import atomic_write
 from utils.device import local_world_size, num_own_cores, num_usable_cores
+from utils.memory import available_memory
 from utils.regular_file import read_regular
 
 LOGGER = logging.getLogger(__name__)
@@ -92,7 +93,14 @@ class RamCache:
         needed, free = _count_bytes(resized_hw), available_memory()
         size = f"{len(resized_hw)} images need {_gigabytes(needed)} of memory"
         share = MEMORY_SHARE / local_world_size()  # every process has a cache of its own
-        if free is not None and needed > share * free:
+        if free is None:
+            LOGGER.warning(
+                "no image cache: %s, and this system does not say how much is free; --cache disk "
+                "needs none",
+                size,
+            )
+            return None
+        if needed > share * free:
             LOGGER.warning(
                 "no image cache: %s, only %s of the available %s may be used",
                 size, _gigabytes(share * free), _gigabytes(free),
@@ -148,34 +156,6 @@ def _shared_bytes(count: int) -> np.ndarray:
 
 def _count_bytes(resized_hw: np.ndarray) -> int:
     return int(resized_hw.prod(1).sum()) * 3
-
-
-def available_memory() -> int | None:
-    """Bytes a process may still take: of the machine, or of the container if that is less.
-
-    None where the system does not say.
-    """
-    limits = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        try:
-            room = int(Path(limit).read_text("utf-8")) - int(Path(usage).read_text("utf-8"))
-        except (OSError, ValueError):  # no such control group, or the limit is "max"
-            continue
-        limits.append(max(room, 0))
-    return min(limits) if limits else None
 
 
 # -------------------------------------------------------------------------------------------- disk
