@@ -40,6 +40,20 @@ def test_precision():
 
 
 @pytest.mark.parametrize(
+    ("training", "device", "expected"),
+    [
+        (torch.bfloat16, "cuda:1", torch.float16),
+        (torch.float16, "cuda", torch.float16),
+        (torch.float32, "cuda", torch.float32),
+        (torch.bfloat16, "cpu", torch.float32),
+        (torch.bfloat16, "mps", torch.float32),
+    ],
+)
+def test_precision_of_validations(training, device, expected):
+    assert devices.select_validation_precision(training, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
     ("requested", "device", "cores", "ranks", "expected"),
     [
         (None, "cpu", 64, 1, 0),

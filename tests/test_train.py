@@ -175,6 +175,23 @@ def test_resumed_run_equals_the_uninterrupted_one(base, tmp_path, monkeypatch, c
     assert best[0] == best[1]
 
 
+def test_validation_in_float16_measures_the_same(base, tmp_path, monkeypatch):
+    """As on a GPU with mixed precision; a CPU can do it too, if slowly."""
+    asked = []
+    for name in ("float32", "float16"):
+        precision = getattr(torch, name)
+        monkeypatch.setattr(
+            devices, "select_validation_precision", lambda *_, p=precision: asked.append(p) or p
+        )
+        train.main([*base, "--epochs", "1", "--name", name])
+    assert asked == [torch.float32, torch.float16]
+    full, half = (results_of(tmp_path / "runs" / name)[0] for name in ("float32", "float16"))
+    for name in ("box", "obj", "cls"):
+        key = f"val/{name}_loss"
+        assert float(half[key]) == pytest.approx(float(full[key]), rel=0.01)
+        assert full[f"train/{name}_loss"] == half[f"train/{name}_loss"]
+
+
 def test_a_resumed_run_goes_on_with_its_scale_of_losses(base, tmp_path, monkeypatch):
     """float16 is for GPUs, but a CPU can do it; 2.0 ** 16 halves where a gradient overflows."""
     monkeypatch.setattr(devices, "select_precision", lambda *_: torch.float16)

@@ -82,6 +82,17 @@ def select_precision(amp: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and has_bf16() else torch.float32
 
 
+def select_validation_precision(training: torch.dtype, device: torch.device) -> torch.dtype:
+    """Number format in which a network is validated while it is trained in this one.
+
+    On a CUDA GPU float16 if the training is mixed: also where that computes in bfloat16, whose 8
+    bits can cost a point of mAP; the 11 of float16 do not (YOLOv5n on COCO128). Else float32, which
+    a CPU computes faster than float16.
+    """
+    is_half = device.type == "cuda" and training != torch.float32
+    return torch.float16 if is_half else torch.float32
+
+
 def count_loader_processes(requested: int | None, device: torch.device) -> int:
     """How many processes load images where `--workers` says nothing.
 

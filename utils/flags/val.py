@@ -66,7 +66,11 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     group.add_argument("--max-det", type=int, default=300, help="detections per image, at most")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="", help="'' (best), cpu, mps or 0")
-    group.add_argument("--half", action="store_true", help="float16; needs a GPU")
+    group.add_argument(
+        "--half",
+        action="store_true",
+        help="float16, on a GPU; default: float32 on all devices, for the same figures",
+    )
     group.add_argument("--workers", type=int, help=WORKERS_HELP)
     group = parser.add_argument_group("results")
     group.add_argument("--verbose", action="store_true", help="a row per class")

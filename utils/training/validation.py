@@ -42,6 +42,7 @@ def validate(run: Run, loader: Loader, epoch: int) -> EvaluationResult | None:
         run.stop.watch(loader),
         run.names,
         device=run.device,
+        precision=devices.select_validation_precision(run.precision, run.device),
         single_cls=run.options.single_cls,
         loss_fn=run.loss,
         progress=is_first,
