@@ -1,5 +1,7 @@
 """Devices by name, and the messages about those that are not there."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -51,6 +53,65 @@ def test_precision():
 )
 def test_precision_of_validations(training, device, expected):
     assert devices.select_validation_precision(training, torch.device(device)) == expected
+
+
+@pytest.fixture
+def arm(monkeypatch, tmp_path):
+    """Pretend to be an Arm CPU with these features, and these seconds of a convolution."""
+
+    def pretend(features, bf16_seconds=1.0, system="linux"):
+        told = SimpleNamespace(stdout=f"{int('bf16' in features)}\n")
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nFeatures\t: {features}\n")
+        monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
+        monkeypatch.setattr(devices.platform, "machine", lambda: "aarch64")
+        monkeypatch.setattr(devices.sys, "platform", system)
+        monkeypatch.setattr(devices.subprocess, "run", lambda *_, **__: told)
+        seconds = {torch.float32: 1.0, torch.bfloat16: bf16_seconds}
+        monkeypatch.setattr(devices, "_convolution_seconds", seconds.__getitem__)
+
+    return pretend
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+@pytest.mark.parametrize(
+    ("features", "bf16_seconds", "expected"),
+    [
+        ("fp asimd i8mm bf16", 0.6, torch.bfloat16),
+        ("fp asimd i8mm bf16", 20.0, torch.float32),  # there are no kernels for it
+        ("fp asimd", 0.6, torch.float32),
+    ],
+)
+def test_auto_on_arm(arm, features, bf16_seconds, expected, system):
+    arm(features, bf16_seconds, system)
+    assert select_precision("auto", torch.device("cpu")) == expected
+
+
+def test_arm_that_says_nothing(arm, tmp_path):
+    arm("bf16")
+    (tmp_path / "cpuinfo").unlink()
+    assert not devices.computes_bfloat16(torch.device("cpu"))
+
+
+def test_seconds_of_a_convolution():
+    assert 0 < devices._convolution_seconds(torch.float32) < 10
+
+
+@pytest.mark.parametrize(
+    ("device", "is_native"), [("cpu", True), ("cpu", False), ("cuda", True), ("cuda", False)]
+)
+def test_emulated_bfloat16_is_never_chosen_and_told(monkeypatch, caplog, device, is_native):
+    monkeypatch.setattr(devices.platform, "machine", lambda: "x86_64")
+    supported = "_is_avx512_bf16_supported"
+    monkeypatch.setattr(torch.cpu, supported, lambda: is_native, raising=False)
+    version = (8, 0) if is_native else (7, 5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: version)
+    slow = {"cpu": torch.float32, "cuda": torch.float16}[device]
+    target = torch.device(device)
+    assert select_precision("auto", target) == (torch.bfloat16 if is_native else slow)
+    assert caplog.text == ""
+    assert select_precision("bf16", target) == torch.bfloat16
+    assert (f"this {device} has no instructions for bfloat16" in caplog.text) != is_native
+    assert len(caplog.messages) == (not is_native)
 
 
 @pytest.mark.parametrize(

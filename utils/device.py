@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import platform
 import random
+import subprocess
+import sys
+import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import conv2d
 
 from utils.device_text import gpu_indices
+
+LOGGER = logging.getLogger(__name__)
+
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def select_device(text: str) -> torch.device:
@@ -61,7 +71,8 @@ def select_precision(amp: str, device: torch.device) -> torch.dtype:
     """Number format of forward and backward passes; float32 means no mixed precision.
 
     `auto` takes bfloat16 where the device computes it natively, float16 on older NVIDIA GPUs,
-    and float32 elsewhere, where half precision would be emulated and slow.
+    and float32 elsewhere, where half precision would be emulated and slow; who asks for bfloat16
+    there is told so.
 
     Raises:
         ValueError: float16 training on a device that cannot scale losses.
@@ -69,17 +80,70 @@ def select_precision(amp: str, device: torch.device) -> torch.dtype:
     if amp == "off":
         return torch.float32
     if amp == "bf16":
+        if device.type in ("cpu", "cuda") and not computes_bfloat16(device):
+            LOGGER.warning(
+                "warning: --amp bf16: this %s has no instructions for bfloat16 and emulates it, "
+                "which is slow; --amp auto takes what is fast here",
+                device.type,
+            )
         return torch.bfloat16
     if amp == "fp16":
         if device.type != "cuda":
             raise ValueError(f"--amp fp16 needs a CUDA GPU, not {device.type}; try --amp bf16")
         return torch.float16
+    if computes_bfloat16(device) and (device.type == "cuda" or not _is_arm() or _gains_on_arm()):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU or CPU has instructions for it."""
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if native else torch.float16
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    if _is_arm():
+        return _arm_has_bfloat16()
     # No public function tells; without this one, float32 is always right.
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if device.type == "cpu" and has_bf16() else torch.float32
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def _is_arm() -> bool:
+    return platform.machine().lower() in ("aarch64", "arm64")
+
+
+def _arm_has_bfloat16() -> bool:
+    """What the system says: Linux in a file, macOS by a command."""
+    command = ["sysctl", "-n", "hw.optional.arm.FEAT_BF16"]
+    try:
+        if sys.platform == "darwin":
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip() == "1"
+        rows = [line.partition(":") for line in CPUINFO.read_text("utf-8").splitlines()]
+    except OSError:
+        return False
+    return any(key.strip() == "Features" and "bf16" in value.split() for key, _, value in rows)
+
+
+def _gains_on_arm() -> bool:
+    """Whether a small convolution and its way back are not slower in bfloat16.
+
+    The instructions alone do not tell: torch may have no kernels for them, above all for the way
+    back, and what stands in for these is many times slower.
+    """
+    return _convolution_seconds(torch.bfloat16) < 1.5 * _convolution_seconds(torch.float32)
+
+
+def _convolution_seconds(precision: torch.dtype) -> float:
+    """The best of five, after a first one."""
+    x = torch.ones(1, 32, 20, 20, dtype=precision).to(memory_format=torch.channels_last)
+    weight = torch.ones(32, 32, 3, 3, dtype=precision, requires_grad=True)
+    x.requires_grad_()
+
+    def there_and_back() -> None:
+        conv2d(x, weight, padding=1).sum().backward()
+
+    there_and_back()
+    return min(timeit.repeat(there_and_back, number=1, repeat=5))
 
 
 def select_validation_precision(training: torch.dtype, device: torch.device) -> torch.dtype:
