@@ -100,10 +100,10 @@ def run_training(
 ) -> None:
     """One training, of this process or of all that are connected."""
     check_processes(options, device)
+    precision = devices.select_precision(options.amp, device)
     devices.seed_everything(options.seed + devices.rank())
     devices.forbid_chance(device, options.deterministic)
     inputs = ranks.from_first(lambda: find_inputs(options, resumed))
-    precision = devices.select_precision(options.amp, device)
     model = build_network(inputs, options)
     teacher, best_of_teacher = load_teacher(inputs, options, model)
     frozen_norms = freeze_rows(model, options)

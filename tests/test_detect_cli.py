@@ -130,7 +130,6 @@ def test_bad_options(arguments, message, capsys):
     [
         (["--source", "none.jpg"], FileNotFoundError, "none.jpg: no such file or folder"),
         (["--source", "{image}", "--weights", "none.pt"], FileNotFoundError, "none.pt: no such f"),
-        (["--source", "{image}", "--half"], ValueError, "half needs a GPU"),
         (["--source", "{image}", "--vid-stride", "2"], ValueError, "acts on videos and streams"),
     ],
 )
@@ -140,6 +139,13 @@ def test_bad_values(folder, tmp_path, flags, error, message):
     with pytest.raises(error, match=message):
         detect.main([*given, "--device", "cpu", "--project", str(tmp_path / "runs")])
     assert not (tmp_path / "runs").exists()
+
+
+def test_half_where_the_best_device_is_a_cpu(folder, monkeypatch):
+    monkeypatch.setattr(detect, "select_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(detect, "find_weights", lambda *_: pytest.fail("too late"))
+    with pytest.raises(ValueError, match="half needs a GPU"):
+        detect.main(["--source", str(folder / "zwei/b.jpg"), "--half"])
 
 
 def test_a_camera_that_is_off_leaves_no_folder(run, tmp_path):

@@ -1594,6 +1594,15 @@ def test_what_is_not_there_is_named(base, flags, error, words):
         train.main([*base, *flags, "--epochs", "1"])
 
 
+def test_a_precision_that_the_best_device_lacks_is_refused_before_anything_is_read(
+    base, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(devices, "select_device", lambda _: torch.device("cpu"))
+    with pytest.raises(ValueError, match="--amp fp16 needs a CUDA GPU, not cpu"):
+        train.main([*base, "--device", "", "--amp", "fp16", "--weights", "none.pt"])
+    assert not (tmp_path / "runs").exists()
+
+
 def test_pruned_weights_without_the_flag_are_not_widened(base, slim_weights, tiny_dataset):
     path, _ = slim_weights
     with pytest.raises(ValueError, match="--ft_pruned_model"):

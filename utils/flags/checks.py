@@ -95,6 +95,20 @@ def check_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error(str(error))
 
 
+def check_half(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """`--half` cannot act where `--device` names the CPU; what '' finds is known to torch alone."""
+    if options.half and is_device(options, "cpu"):
+        parser.error(
+            "--half needs a GPU: float16 on a CPU is emulated and many times slower than float32; "
+            "leave --half away or choose another --device"
+        )
+
+
+def is_device(options: argparse.Namespace, *names: str) -> bool:
+    """Whether `--device` says one of these words."""
+    return options.device.strip().lower() in names
+
+
 def number_or_auto(text: str) -> float | str:
     """What argparse calls for a rate."""
     try:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from utils.flags.checks import (
     add_run_dir_flags,
     check_device,
+    check_half,
     check_imgsz,
     check_least,
     check_shares,
@@ -89,4 +90,5 @@ def parse_args(
     check_imgsz(parser, options)
     check_least(parser, options, LEAST_VALUES)
     check_device(parser, options)
+    check_half(parser, options)
     return options

@@ -27,6 +27,7 @@ from utils.flags.checks import (
     check_imgsz,
     check_least,
     check_shares,
+    is_device,
     new_parser,
     number_or_auto,
 )
@@ -291,8 +292,10 @@ def _raise_value_error(message: str) -> NoReturn:
 
 
 def check_values(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuse numbers out of range, and devices that mean nothing."""
+    """Refuse numbers out of range, and devices that mean nothing or cannot do what is asked."""
     check_device(parser, options)
+    if options.amp == "fp16" and is_device(options, "cpu", "mps"):
+        parser.error(f"--amp fp16 needs a CUDA GPU, not {options.device}; try --amp bf16")
     check_imgsz(parser, options)
     check_least(parser, options, LEAST_VALUES)
     if options.sparsity_rate != "auto" and options.sparsity_rate > MAX_SPARSITY_RATE:

@@ -10,6 +10,7 @@ from utils.flags.checks import (
     add_download_flag,
     add_run_dir_flags,
     check_device,
+    check_half,
     check_imgsz,
     check_least,
     check_shares,
@@ -108,6 +109,7 @@ def parse_args(
     check_imgsz(parser, options)
     check_least(parser, options, LEAST_VALUES)
     check_device(parser, options)
+    check_half(parser, options)
     return options
 
 
