@@ -620,6 +620,26 @@ def test_proximal_run_saves_exact_zeros_and_spares_what_the_rule_keeps(base, tmp
     assert "forecast: an unused channel can lose" in caplog.text
 
 
+def test_the_history_of_gammas_stays_small_also_when_resumed(base, tmp_path, monkeypatch):
+    """Evenly spaced epochs and the last one; a state of an older version has rows of all."""
+    monkeypatch.setattr(report, "MOST_GAMMA_ROWS", 2)
+    sparse = [*base, "--bn_sparsity", "--noval"]
+    drawn = []
+    monkeypatch.setattr(report, "draw", lambda _, *figures: drawn.append(figures))
+    train_until(monkeypatch, 2, [*sparse, "--epochs", "6"])
+    last = tmp_path / "runs/exp/weights/last.pt"
+    content = load_checkpoint(last)
+    assert [row.pop("epoch") for row in content["training"]["gammas"]] == [0, 2]
+    older = copy.deepcopy(content["training"]["gammas"])
+    content["training"]["gammas"].insert(1, older[0])
+    torch.save(content, last)
+    train.main(["--resume", str(last)])
+    epochs, overall, *_ = drawn[-1]
+    assert epochs == [0, 4, 5]
+    medians = [float(row["gamma/q50"]) for row in results_of(tmp_path / "runs/exp")]
+    assert [row[50] for row in overall] == pytest.approx([medians[i] for i in epochs], abs=1e-5)
+
+
 def test_a_sparse_run_says_how_much_can_go(base, caplog, monkeypatch):
     """After every quarter and at the end, of the averaged network, cut and compensated."""
     scored = []
@@ -1358,6 +1378,7 @@ DAMAGES = {
     "rows": (lambda c: c["options"].update(freeze="x"), r"--freeze: invalid int value: 'x'"),
     "seed": (lambda c: c["options"].update(seed=10**30), r"--seed is 1000000000\d*, expected at"),
     "gammas": (lambda c: c["training"].update(gammas=[{"x": 1}]), r"\(TypeError, .*'x'\)"),
+    "late gammas": (lambda c: c["training"].update(gammas=[{"epoch": 7}]), r"gammas of epoch 7"),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from utils.training.sparsity import log_forecast
 LOGGER = logging.getLogger(__name__)
 
 GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
+MOST_GAMMA_ROWS = 200
+
+T = TypeVar("T")
 
 
 def open_results(run: Run, train_split: Split, val_split: Split) -> ResultsCsv | None:
@@ -114,9 +118,10 @@ def log_epoch(
     for group in run.optimizer.param_groups:
         row[f"lr/{group['kind']}"] = group["lr"]
     if run.penalty is not None:
-        run.gammas.append(gamma_statistics(run.ema.model, run.penalty.shortcut))
+        statistics = gamma_statistics(run.ema.model, run.penalty.shortcut)
+        run.gammas = thin_out(run.gammas | {epoch: statistics})
         row["sparsity_rate"] = run.penalty.rate(epoch)
-        row.update(run.gammas[-1].as_row())
+        row.update(statistics.as_row())
         row["gamma/let_go"] = run.penalty.share_let_go
         line += (
             f", |gamma| median {row['gamma/q50']:.4f}, below 0.01 {row['gamma/below_1e-2']:.1%}, "
@@ -132,6 +137,18 @@ def log_epoch(
         log_forecast(run, run.penalty, epoch + 1)
 
 
+def thin_out(history: dict[int, T]) -> dict[int, T]:
+    """The last epoch, and before it all or at most `MOST_GAMMA_ROWS` evenly spaced ones.
+
+    A row takes 50 KiB, in every checkpoint too: without a limit training grows with each epoch.
+    """
+    last = max(history)
+    step = 1
+    while last >= step * MOST_GAMMA_ROWS:
+        step *= 2
+    return {epoch: row for epoch, row in history.items() if epoch % step == 0 or epoch == last}
+
+
 def show_on_board(run: Run, board: Board, epoch: int, row: Mapping[str, float]) -> None:
     """The row of an epoch, the gammas, and after the first epoch what the network sees."""
     board.add_figures(row, epoch)
@@ -144,11 +161,12 @@ def show_on_board(run: Run, board: Board, epoch: int, row: Mapping[str, float]) 
 
 def plot_gammas(run: Run) -> None:
     """`bn_gamma.png`: the distribution of |gamma| over the epochs, overall and per layer."""
+    rows = list(run.gammas.values())
     draw(
         plot_gamma_history,
-        list(range(len(run.gammas))),
-        [statistics.percentiles for statistics in run.gammas],
-        {name: [row.layers[name] for row in run.gammas] for name in run.gammas[0].layers},
+        list(run.gammas),
+        [row.percentiles for row in rows],
+        {name: [row.layers[name] for row in rows] for name in rows[0].layers},
         run.dir / "bn_gamma.png",
     )
 

@@ -70,7 +70,7 @@ class Run:
     best_fitness: float = -1.0
     best_epoch: int = 0
     best: Best = NOT_KNOWN  # mAP@.5, that of an older run on the same data included
-    gammas: list[GammaStatistics] = dataclasses.field(default_factory=list)  # one an epoch
+    gammas: dict[int, GammaStatistics] = dataclasses.field(default_factory=dict)  # by epoch
     teacher: Model | None = None
     distillation: DistillationLoss | None = None  # there if the teacher is
     data: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # to see changes

@@ -73,14 +73,23 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     warn_of_other_data(state.get("data", {}), run.data)
     if run.penalty is not None and "penalty" in state:  # versions before had none
         run.penalty.load_state_dict(state["penalty"])
-    run.gammas = [GammaStatistics(**row) for row in state["gammas"]]
+    restore_gammas(run, state)
+    torch.set_rng_state(state["torch_rng"])
+
+
+def restore_gammas(run: Run, state: dict[str, Any]) -> None:
+    """The rows by epoch; versions before kept those of all epochs, without a number."""
+    for index, row in enumerate(state["gammas"]):
+        epoch = row.get("epoch", index)
+        if type(epoch) is not int or not 0 <= epoch <= state["epoch"]:
+            raise ValueError(f"gammas of epoch {epoch!r}")
+        run.gammas[epoch] = GammaStatistics(**{k: v for k, v in row.items() if k != "epoch"})
     if run.penalty is not None:
         wanted = gamma_statistics(run.ema.model, run.penalty.shortcut)
-        for row in run.gammas:
-            check_alike(dataclasses.asdict(row), dataclasses.asdict(wanted), "gammas")
-            if row.layers.keys() != wanted.layers.keys():
+        for statistics in run.gammas.values():
+            check_alike(dataclasses.asdict(statistics), dataclasses.asdict(wanted), "gammas")
+            if statistics.layers.keys() != wanted.layers.keys():
                 raise ValueError("gammas are those of another network")
-    torch.set_rng_state(state["torch_rng"])
 
 
 def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
@@ -102,7 +111,7 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
         "best_epoch": run.best_epoch,
         "best_map50": tuple(run.best),
         "class_maps": torch.tensor(run.class_maps),
-        "gammas": [vars(row) for row in run.gammas],
+        "gammas": [{"epoch": number, **vars(row)} for number, row in run.gammas.items()],
         "torch_rng": torch.get_rng_state(),
     }
 
