@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -158,15 +159,7 @@ def start(argv: list[str], output: int, phase: mmap.mmap, reader: int | None = N
     os.dup2(output, 2)
     for number, name in enumerate(PHASES[1:], start=1):
         tell(name, number, phase)
-    finish = train.finish
-
-    def keep_state_and_finish(run: Run, seconds: float) -> None:
-        last = run.dir / "weights/last.pt"
-        if "training" in load_checkpoint(last):  # not again after a kill within `finish`
-            shutil.copy(last, run.dir / "state.pt")
-        finish(run, seconds)
-
-    train.finish = keep_state_and_finish
+    train.finish = keeping_state(train.finish)
     report.draw = lambda *_: None  # most of the time, and no picture is worth it
     code = 1
     try:
@@ -185,6 +178,18 @@ def start(argv: list[str], output: int, phase: mmap.mmap, reader: int | None = N
             sys.stdout.flush()
         os._exit(code)
     return 0
+
+
+def keeping_state(finish: Callable[[Run, float], None]) -> Callable[[Run, float], None]:
+    """Let it leave the whole state, which it strips from last.pt, for `compare`."""
+
+    def keep_and_finish(run: Run, seconds: float) -> None:
+        last = run.dir / "weights/last.pt"
+        if "training" in load_checkpoint(last):  # not again after a kill within `finish`
+            shutil.copy(last, run.dir / "state.pt")
+        finish(run, seconds)
+
+    return keep_and_finish
 
 
 def tell(name: str, number: int, phase: mmap.mmap) -> None:
@@ -275,9 +280,8 @@ def train_whole(flags: list[str], kind: str, folder: Path, phase: mmap.mmap) -> 
 
 def compare(run_dir: Path, whole: Path) -> None:
     """Results, final weights and the whole state before them: bit by bit."""
-    for name in ("results.csv",):
-        if (run_dir / name).read_bytes() != (whole / name).read_bytes():
-            sys.exit(f"{run_dir / name} differs from that in {whole}")
+    if (run_dir / "results.csv").read_bytes() != (whole / "results.csv").read_bytes():
+        sys.exit(f"{run_dir / 'results.csv'} differs from that in {whole}")
     for name in ("state.pt", "weights/last.pt", "weights/best.pt"):
         mine, theirs = (load_checkpoint(folder / name) for folder in (run_dir, whole))
         for content in (mine, theirs):

@@ -62,6 +62,7 @@ NOT_RUN = {
     r"-m venv|activate$": "makes an environment",
     r"make demo|python demo\.py": "takes ten minutes; test_demo.py runs its stages",
     r"make test|make lint|-m pytest": "is what runs this",
+    r"-m tests\.kill_loop": "takes eight minutes; test_train.py looks at what it compares",
     r"--source 0": "needs a camera",
     r"rtsp://": "needs a stream",
     r"^torchrun": "starts several processes, on several machines; test_ranks.py does so",
@@ -229,7 +230,8 @@ def test_flags_exist(page):
     """Also those of sentences and tables, as `--round-to 8`."""
     parsers = [importlib.import_module(f"utils.flags.{name}").build_parser() for name in SCRIPTS]
     known = {flag for parser in parsers for flag in parser._option_string_actions}
-    modules = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "data/scripts").glob("*.py")]
+    modules = [ROOT / "tests/kill_loop.py", *(ROOT / "benchmarks").glob("*.py")]
+    modules += (ROOT / "data/scripts").glob("*.py")
     known |= set(get_args_parser()._option_string_actions) | SLURM_FLAGS | PYTEST_FLAGS
     others = "".join(module.read_text("utf-8") for module in modules)
     for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text("utf-8")):
