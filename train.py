@@ -276,7 +276,9 @@ def begin_epoch(run: Run, loader: Loader, epoch: int) -> None:
     run.network.train()
     for norm in run.frozen_norms:
         norm.eval()
-    run.batches = min(run.batches, len(loader))  # there may be fewer images than before
+    if run.batches > len(loader):  # there are fewer images than before
+        run.loss_sums = run.loss_sums * (len(loader) / run.batches)
+        run.batches = len(loader)
     loader.set_epoch(epoch, run.batches)
     if not run.batches:
         run.loss_sums = torch.zeros(len(run.loss_names), device=run.device)

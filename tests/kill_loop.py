@@ -40,6 +40,7 @@ from utils.training.run import Run
 # What the training is doing, for the process that kills it.
 PHASES = ("start", "train_one_epoch", "validate", "log_epoch", "save_checkpoint", "finish")
 CALLERS = {"save_checkpoint": saving}  # of the others: train.py
+CLOCKS = {"validation_seconds"}  # in a checkpoint: times, which no two runs share
 CAUSES = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 KINDS = {
     "dense": ["--optimizer", "SGD"],
@@ -292,11 +293,11 @@ def compare(run_dir: Path, whole: Path) -> None:
 
 
 def first_difference(a: object, b: object, where: str) -> str | None:
-    """Where two contents of checkpoints differ."""
+    """Where two contents of checkpoints differ, but for times."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return None if a.dtype == b.dtype and torch.equal(a, b) else where
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        pairs = [(f"{where}.{key}", a[key], b[key]) for key in a]
+        pairs = [(f"{where}.{key}", a[key], b[key]) for key in a.keys() - CLOCKS]
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         pairs = [(f"{where}.{number}", *pair) for number, pair in enumerate(zip(a, b, strict=True))]
     else:

@@ -35,7 +35,7 @@ from utils.plots.images import plot_batch
 from utils.plots.training import plot_labels, plot_results
 from utils.pruning import slimming
 from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorms
-from utils.pruning.verdict import History
+from utils.pruning.verdict import Best, History
 from utils.resume import newest_unfinished
 from utils.training import rehearsal, report, saving
 from utils.training.run import Run, build_run
@@ -170,6 +170,99 @@ def test_resumed_run_equals_the_uninterrupted_one(base, tmp_path, monkeypatch, c
     assert len(results_of(parts)) == 1
     train.main(["--resume", str(parts / "weights/last.pt")])
     kill_loop.compare(parts, whole)
+
+
+def test_patience_counts_on_in_a_resumed_run(base, tmp_path, monkeypatch):
+    """From the best epoch, which is neither the first nor the last that was saved."""
+    fitness = (0.1, 0.4, 0.2, 0.3, 0.2, 0.3, 0.5)
+
+    def measure(run, loader, epoch):
+        return dataclasses.replace(validate(run, loader, epoch), precision=fitness[epoch])
+
+    monkeypatch.setattr(train, "validate", measure)
+    monkeypatch.setattr(EvaluationResult, "fitness", property(lambda result: result.precision))
+    train_until(monkeypatch, 2, [*base, "--epochs", "7", "--patience", "3"])
+    run = tmp_path / "runs/exp"
+    train.main(["--resume", str(run)])
+    assert [row["metrics/precision"] for row in results_of(run)] == [
+        "0.1",
+        "0.4",
+        "0.2",
+        "0.3",
+        "0.2",
+    ]
+    best = load_checkpoint(run / "weights/best.pt")
+    assert (best["epoch"], best["fitness"]) == (1, 0.4)
+
+
+def test_a_resumed_run_draws_what_the_uninterrupted_one_does(base, tmp_path, monkeypatch):
+    """From torch's generator: no part of ours does, but a layer with dropout would."""
+    to_device = train.to_device
+    monkeypatch.setattr(train, "to_device", lambda *batch: to_device(*batch) * torch.rand(()))
+    monkeypatch.setattr(train, "finish", kill_loop.keeping_state(train.finish))
+    flags = [*base, "--epochs", "2"]
+    train.main([*flags, "--name", "whole"])
+    train_until(monkeypatch, 0, [*flags, "--name", "parts"])
+    train.main(["--resume", str(tmp_path / "runs/parts")])
+    kill_loop.compare(tmp_path / "runs/parts", tmp_path / "runs/whole")
+
+
+def what_goes_on(run):
+    """All that a run has learnt and counted, from the places where it is used."""
+    parts = {
+        "network": run.model.state_dict(),
+        "average": run.ema.model.state_dict(),
+        "updates": run.ema.updates,
+        "moments": [run.optimizer.state[parameter] for parameter in run.model.parameters()],
+        "scale": run.scaler.get_scale(),
+        "growth": run.scaler.state_dict()["_growth_tracker"],
+        "noise": [run.penalty.noise.sigma(), run.penalty.noise.state_dict()["steps"]],
+        "rate": dataclasses.asdict(run.penalty.sparsity_rate),
+        "let go": run.penalty.share_let_go,
+        "pull": run.penalty.weights,
+        "lr factor": run.schedule.factor,
+        "batches": run.batches,
+        "losses": run.loss_sums,
+        "best": (run.best_fitness, run.best_epoch, *run.best),
+        "classes": run.class_maps.tolist(),
+        "validation": run.validation_seconds,
+        "gammas": {epoch: dataclasses.asdict(row) for epoch, row in run.gammas.items()},
+        "random": torch.get_rng_state(),
+    }
+    return copy.deepcopy(parts)
+
+
+def test_whatever_a_run_knows_goes_on(base, tmp_path, monkeypatch):
+    """Values that no fresh run has; float16 is for GPUs, but a CPU can do it."""
+    known, save_epoch = [], train.save_epoch
+
+    def change_and_save(run, *judgement):
+        run.ema.updates, run.batches, run.validation_seconds = 77, 1, 33.0
+        run.loss_sums = torch.tensor([1.0, 2.0, 3.0])
+        run.best_fitness, run.best_epoch, run.best = 0.625, 1, Best(0.75, "in epoch 1")
+        run.class_maps[:] = 0.25, 0.5, 0.125
+        run.schedule = dataclasses.replace(run.schedule, factor=0.5)
+        run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 8.0, "_growth_tracker": 3})
+        run.penalty.sparsity_rate = dataclasses.replace(run.penalty.sparsity_rate, strength=2.5)
+        run.penalty.is_released = True
+        run.penalty.weights = [w * (torch.arange(len(w)) % 2) for w in run.penalty.weights]
+        torch.rand(5)
+        known.append(what_goes_on(run))
+        save_epoch(run, *judgement)
+
+    monkeypatch.setattr(devices, "select_precision", lambda *_: torch.float16)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "save_epoch", change_and_save)
+        train_until(
+            monkeypatch, 0, [*base, "--epochs", "2", "--bn_sparsity", "--sparsity_rate", "auto"]
+        )
+    monkeypatch.setattr(train, "train_epochs", lambda run, *_: known.append(what_goes_on(run)))
+    monkeypatch.setattr(train, "finish", lambda *_: None)
+    train.main(["--resume", str(tmp_path / "runs/exp")])
+    before, after = known
+    assert before["gammas"]
+    assert before["moments"][0]
+    assert kill_loop.first_difference(after, before, "run") is None
 
 
 def test_validation_in_float16_measures_the_same(base, tmp_path, monkeypatch):
@@ -365,6 +458,26 @@ def test_a_kill_within_a_long_validation_costs_no_training(
     parts = tmp_path / "runs/parts"
     assert results_of(parts) == rows
     assert_same_state(load_checkpoint(parts / "weights/last.pt")["training"], whole)
+
+
+@pytest.mark.parametrize(("is_known", "expected"), [(True, [(1, 2)]), (False, [])])
+def test_a_resumed_run_knows_how_long_a_validation_takes(
+    base, tmp_path, monkeypatch, is_known, expected
+):
+    """Unless a version before has saved it."""
+    saved = []
+    train_until(monkeypatch, 0, [*base, "--epochs", "2"])
+    last = tmp_path / "runs/exp/weights/last.pt"
+    content = load_checkpoint(last)
+    if not is_known:
+        del content["training"]["validation_seconds"]
+        save_checkpoint(last, content)
+    monkeypatch.setattr(saving, "LONG_VALIDATION", 0)
+    monkeypatch.setattr(
+        train, "save_position", lambda run, epoch: saved.append((epoch, run.batches))
+    )
+    train.main(["--resume", str(last)])
+    assert saved == expected
 
 
 def test_a_short_validation_asks_for_no_checkpoint(base, monkeypatch):
@@ -1443,6 +1556,23 @@ def test_resuming_says_what_has_changed(base, tmp_path, tiny_dataset, monkeypatc
         line for line in said if "hyp.yaml" in line
     ]  # what is not there contradicts nothing
     assert len(results_of(run)) == 2
+
+
+@pytest.mark.parametrize("batch_size", ["1", "2", "3"])
+def test_losses_of_a_whole_epoch_stay_where_images_have_gone(
+    base, tmp_path, tiny_dataset, monkeypatch, batch_size
+):
+    with monkeypatch.context() as patched:
+        signal_self_at_call(patched, "train.validate", 2, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train.main([*base, "--epochs", "2", "--batch", "1"])
+    run = tmp_path / "runs/exp"
+    state = load_checkpoint(run / "weights/last.pt")["training"]
+    assert state["batches"] == 4
+    (tiny_dataset.images / "d.jpg").unlink()
+    train.main(["--resume", str(run), "--batch-size", batch_size])
+    logged = [float(results_of(run)[1][f"train/{name}_loss"]) for name in ("box", "obj", "cls")]
+    assert logged == pytest.approx([value / 4 for value in state["loss_sums"]], rel=1e-4)
 
 
 def test_an_edited_file_that_is_no_yaml_does_not_keep_a_run_from_being_resumed(

@@ -60,15 +60,18 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     run.is_resumed = True
     # Versions before saved between epochs alone. With another batch size it is as many images.
     ratio = state.get("batch_size", run.options.batch_size) / run.options.batch_size
-    run.batches = round(state.get("batches", 0) * ratio)
+    batches = state.get("batches", 0)
+    run.batches = round(batches * ratio)
     sums = state.get("loss_sums", ())
     if len(sums) != len(run.loss_names) and (sums or run.batches):
         raise ValueError(f"{len(sums)} sums of {len(run.loss_names)} losses")
-    # What is saved is the sum over all processes.
-    run.loss_sums = torch.tensor(sums, device=run.device) * ratio / devices.world_size()
+    # What is saved is the sum over all processes; means over the batches stay as they were.
+    share = run.batches / max(batches, 1) / devices.world_size()
+    run.loss_sums = torch.tensor(sums, device=run.device) * share
     run.best_fitness, run.best_epoch = state["best_fitness"], state["best_epoch"]
     run.best = Best(*state.get("best_map50", run.best))
     run.class_maps = state["class_maps"].numpy()
+    run.validation_seconds = state.get("validation_seconds", 0.0)  # versions before kept none
     run.schedule = dataclasses.replace(run.schedule, factor=state.get("lr_factor", 1.0))
     warn_of_other_data(state.get("data", {}), run.data)
     if run.penalty is not None and "penalty" in state:  # versions before had none
@@ -111,6 +114,7 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
         "best_epoch": run.best_epoch,
         "best_map50": tuple(run.best),
         "class_maps": torch.tensor(run.class_maps),
+        "validation_seconds": run.validation_seconds,
         "gammas": [{"epoch": number, **vars(row)} for number, row in run.gammas.items()],
         "torch_rng": torch.get_rng_state(),
     }
