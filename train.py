@@ -116,19 +116,21 @@ def run_training(
         options.batch_size = choose_batch_size(
             options, inputs, model, teacher, imgsz, device, precision
         )
-    run_dir = ranks.from_first(lambda: open_run_dir(options, inputs.hyp, resumed))
     train_loader, val_loader = build_loaders(
         options, inputs.hyp, train_split, val_split, imgsz, model.max_stride
     )
-    run = build_run(options, inputs, model, imgsz, device, precision, len(train_loader), run_dir)
+    run = build_run(options, inputs, model, imgsz, device, precision, len(train_loader))
     run.frozen_norms = frozen_norms
     run.data = {"training": summarize_data(train_split), "validation": summarize_data(val_split)}
     run.data |= summarize_teacher(inputs.teacher)
     add_teacher(run, teacher)
     run.best = max(best_of_source(inputs, options), best_of_teacher)
     if resumed:
+        run.dir = resumed.run_dir
         with naming_damage(resumed.path):
             restore_run(run, resumed.content["training"])
+    else:
+        run.dir = ranks.from_first(lambda: open_run_dir(run))
     results = open_results(run, train_split, val_split)
 
     started = time.perf_counter()
@@ -163,8 +165,6 @@ def train_epochs(
 ) -> None:
     """From where the run stands to its last epoch; a request to stop saves and ends the program."""
     options = run.options
-    if not run.is_resumed and not options.nosave:
-        save_position(run, 0)  # also what is killed in its first epoch can be resumed
     epoch, is_last = run.first_epoch, run.first_epoch == options.epochs
     while not is_last:
         heap.trim()

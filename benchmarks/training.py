@@ -14,7 +14,6 @@ import contextlib
 import io
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,7 +117,7 @@ def build_ours(options: argparse.Namespace, size: str) -> tuple[Run, Loader]:
     splits = scan_splits(inputs.data, flags)
     loader, _ = build_loaders(flags, inputs.hyp, *splits, imgsz, model.max_stride)
     precision = select_precision(flags.amp, device)
-    run = build_run(flags, inputs, model, imgsz, device, precision, len(loader), Path())
+    run = build_run(flags, inputs, model, imgsz, device, precision, len(loader))
     return run, loader
 
 

@@ -255,12 +255,9 @@ def is_alive(group: int) -> bool:
 
 
 def check_folder(run_dir: Path) -> None:
-    """Whatever has happened, last.pt must load, unless the run had not begun."""
-    last = run_dir / "weights/last.pt"
-    if last.exists():
-        load_detector(last)
-    elif (run_dir / "results.csv").exists() and list((run_dir / "weights").glob("*.pt")):
-        sys.exit(f"{run_dir}: last.pt is missing")
+    """Whatever has happened: where there is a folder its last.pt must load."""
+    if run_dir.exists():
+        load_detector(run_dir / "weights/last.pt")
 
 
 def is_finished(run_dir: Path) -> bool:

@@ -1,4 +1,5 @@
 import csv
+import errno
 import subprocess
 import sys
 import threading
@@ -40,16 +41,29 @@ def test_new_run_dir_takes_names_with_special_characters(tmp_path):
     assert new_run_dir(tmp_path, "a+b (1)").name == "a+b (1)2"
 
 
-def test_new_run_dir_gives_each_thread_its_own(tmp_path):
+@pytest.mark.parametrize("fill", [None, lambda folder: (folder / "file").touch()])
+def test_new_run_dir_gives_each_thread_its_own(tmp_path, fill):
     made: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: made.append(new_run_dir(tmp_path))) for _ in range(16)
+        threading.Thread(target=lambda: made.append(new_run_dir(tmp_path, fill=fill)))
+        for _ in range(16)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(set(made)) == 16
+    assert set(tmp_path.iterdir()) == set(made)
+    assert all((folder / "file").exists() for folder in made) == (fill is not None)
+
+
+def test_a_folder_that_cannot_be_filled_is_named_as_it_was_to_be(tmp_path):
+    def fill(folder):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "last.pt"))
+
+    with pytest.raises(OSError, match=r"cannot write to .*/runs/exp: No space left on device; see"):
+        new_run_dir(tmp_path / "runs", fill=fill)
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_new_run_dir_errors_name_the_reason(tmp_path):

@@ -24,6 +24,7 @@ from models import Model, ModelSpec
 from tests import kill_loop
 from utils import device as devices
 from utils import ranks
+from utils.atomic import staging_folder
 from utils.checkpoint import build_checkpoint, load_checkpoint, load_detector, save_checkpoint
 from utils.config import load_hyperparameters
 from utils.evaluate import EvaluationResult, evaluate
@@ -401,7 +402,7 @@ def test_what_is_saved_now_and_then_is_as_good(base, tmp_path, monkeypatch, whol
         patched.setattr(train, "save_position", save_and_count)
         with pytest.raises(Interrupted):
             train.main([*flags, "--name", "parts"])
-    assert saved == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 2)]  # warm-up: steps of 1, then 2
+    assert saved == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2)]  # warm-up: steps of 1, then 2
     train.main(["--resume", str(tmp_path / "runs/parts")])
     state = load_checkpoint(tmp_path / "runs/parts/weights/last.pt")["training"]
     assert_same_state(state, whole_run(whole_runs, "dense", flags, tmp_path)[0])
@@ -417,7 +418,7 @@ def test_what_is_saved_now_and_then_beside_a_gpu(base, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(Schedule, "accumulation", lambda *_: 2)
     train.main([*base, "--epochs", "1", "--batch", "1"])
-    assert saved == [(0, 0), (0, 2), (0, 4)]  # the first before anything
+    assert saved == [(0, 2), (0, 4)]
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
@@ -451,7 +452,7 @@ def test_a_kill_within_a_long_validation_costs_no_training(
         patched.setattr(train, "validate", validate_once)
         with pytest.raises(Interrupted):
             train.main([*flags, "--name", "parts"])
-    assert saved == [(0, 0), (1, 4)]
+    assert saved == [(1, 4)]
     monkeypatch.setattr(train, "optimizer_step", step_and_note)
     train.main(["--resume", str(tmp_path / "runs/parts")])
     assert set(stepped) == {2}
@@ -484,7 +485,7 @@ def test_a_short_validation_asks_for_no_checkpoint(base, monkeypatch):
     saved = []
     monkeypatch.setattr(train, "save_position", lambda run, epoch: saved.append(epoch))
     train.main([*base, "--epochs", "2"])
-    assert saved == [0]  # before anything
+    assert saved == []
 
 
 def test_nothing_is_lost_with_a_loader(base, tmp_path, monkeypatch, whole_runs):
@@ -544,11 +545,44 @@ def test_a_run_killed_before_it_has_saved_anything_says_how_to_start_it(
     base, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patched:
-        patched.setattr(saving, "save_checkpoint", lambda *_: (_ for _ in ()).throw(Interrupted))
+        patched.setattr(train, "optimizer_step", lambda *_: (_ for _ in ()).throw(Interrupted))
         with pytest.raises(Interrupted):
-            train.main([*base, "--epochs", "1"])
+            train.main([*base, "--epochs", "1", "--nosave"])
     with pytest.raises(FileNotFoundError, match=r"saved anything; start it anew, .*exp/opt.yaml"):
         train.main(["--resume", str(tmp_path / "runs/exp")])
+
+
+@pytest.mark.parametrize("part", ["save_options", "save_checkpoint", "new_run_dir"])
+def test_there_is_a_run_folder_only_with_a_checkpoint(base, tmp_path, monkeypatch, part):
+    """Killed while that works, or right after: nobody must clear away what cannot be resumed."""
+    original = getattr(saving, part)
+
+    def work_and_stop(*arguments):
+        original(*arguments)
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saving, part, work_and_stop)
+        with pytest.raises(Interrupted):
+            train.main([*base, "--epochs", "1"])
+    found = list((tmp_path / "runs").iterdir())
+    if part != "new_run_dir":
+        assert found == []
+        return
+    assert found == [tmp_path / "runs/exp"]
+    train.main(["--resume", str(found[0])])
+    assert len(results_of(found[0])) == 1
+
+
+def test_a_folder_that_never_got_its_name_is_not_resumed(base, tmp_path, monkeypatch):
+    """Killed within its making; it goes a day later."""
+    train_until(monkeypatch, 0, [*base, "--epochs", "2"])
+    runs = tmp_path / "runs"
+    assert newest_unfinished(runs) == runs / "exp/weights/last.pt"
+    with staging_folder(runs) as staging:
+        (runs / "exp").rename(staging / "exp")
+        with pytest.raises(FileNotFoundError, match="there is no unfinished run"):
+            newest_unfinished(runs)
 
 
 def test_a_full_disk_costs_no_more_than_the_epoch(base, tmp_path, monkeypatch, full_disk):
@@ -1726,9 +1760,10 @@ def test_conflicts_are_refused_first(base, capsys, case):
         (["--bn_sparsity", "--freeze", "14"], ValueError, "no layer"),
     ],
 )
-def test_what_is_not_there_is_named(base, flags, error, words):
+def test_what_is_not_there_is_named(base, tmp_path, flags, error, words):
     with pytest.raises(error, match=words):
         train.main([*base, *flags, "--epochs", "1"])
+    assert not list(tmp_path.rglob("opt.yaml")), "a run folder before all was seen to be there"
 
 
 def test_a_precision_that_the_best_device_lacks_is_refused_before_anything_is_read(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from utils import ranks
+from utils.atomic import STAGING
 from utils.checkpoint import load_checkpoint
 from utils.claim import claim, find_claimed
 from utils.command import is_out_of_memory
@@ -325,6 +326,8 @@ def newest_unfinished(project: Path) -> Path:
     """The newest last.pt below a folder whose run has not reached its end."""
     found = sorted(project.glob("**/weights/last.pt"), key=lambda path: -path.stat().st_mtime)
     for path in found:
+        if STAGING in str(path):  # left by a process that was killed before it had a run folder
+            continue
         try:
             if "training" in load_checkpoint(path):
                 return path

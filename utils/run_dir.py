@@ -6,16 +6,17 @@ run leaves the previous content or the new one, never half of it.
 
 import csv
 import io
+import itertools
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from utils.atomic import atomic_write
+from utils.atomic import atomic_write, staging_folder
 from utils.lookup import expand_home
 
 OPTIONS = "opt.yaml"
@@ -58,7 +59,12 @@ def _tidy(run_dir: Path, is_done: bool) -> None:
         run_dir.rmdir()
 
 
-def new_run_dir(project: str | Path, name: str = "exp", exist_ok: bool = False) -> Path:
+def new_run_dir(
+    project: str | Path,
+    name: str = "exp",
+    exist_ok: bool = False,
+    fill: Callable[[Path], None] | None = None,
+) -> Path:
     """Make and return the next free folder of `name`, `name2`, `name3` ... below `project`.
 
     The number is one above the highest in use, so that the newest run also has the highest number.
@@ -68,6 +74,8 @@ def new_run_dir(project: str | Path, name: str = "exp", exist_ok: bool = False) 
         project: parent folder; made if missing.
         name: folder name of the first run.
         exist_ok: reuse `project/name` instead of counting up.
+        fill: writes what the folder shall hold from the moment it has its name; a process killed
+            before leaves none. What is reused has its name already.
 
     Raises:
         ValueError: `name` is empty, or names no folder of its own.
@@ -79,9 +87,14 @@ def new_run_dir(project: str | Path, name: str = "exp", exist_ok: bool = False) 
     if Path(name).name in ("", ".."):
         raise ValueError(f"--name {name}: expected the name of a folder to make in {project}")
     try:
+        if fill is not None and not (exist_ok and first.exists()):
+            return _fill_run_dir(first, fill)
         run_dir = _make_run_dir(first, exist_ok)
         with tempfile.TemporaryFile(dir=run_dir):  # now, not after hours of work
-            return run_dir
+            pass
+        if fill is not None:
+            fill(run_dir)
+        return run_dir
     except OSError as error:
         reason = error.strerror or error
         if isinstance(error, FileExistsError | NotADirectoryError):
@@ -99,15 +112,34 @@ def _make_run_dir(first: Path, exist_ok: bool) -> Path:
     if exist_ok:
         first.mkdir(exist_ok=True)
         return first
-    number = _highest_run_number(first) + 1
+    candidates = _candidates(first)
     while True:
-        candidate = first if number == 1 else first.with_name(f"{first.name}{number}")
-        try:
+        candidate = next(candidates)
+        with suppress(FileExistsError):  # another process was faster
             candidate.mkdir()
-        except FileExistsError:
-            number += 1  # another process was faster
-        else:
             return candidate
+
+
+def _fill_run_dir(first: Path, fill: Callable[[Path], None]) -> Path:
+    first.parent.mkdir(parents=True, exist_ok=True)
+    with staging_folder(first.parent) as staging:
+        folder = staging / first.name
+        folder.mkdir()
+        fill(folder)
+        candidates = _candidates(first)
+        while True:
+            candidate = next(candidates)
+            try:
+                return folder.rename(candidate)
+            except OSError:
+                if not candidate.exists():
+                    raise
+
+
+def _candidates(first: Path) -> Iterator[Path]:
+    """Folders to try, from the number above the highest in use."""
+    for number in itertools.count(_highest_run_number(first) + 1):
+        yield first if number == 1 else first.with_name(f"{first.name}{number}")
 
 
 def _highest_run_number(first: Path) -> int:

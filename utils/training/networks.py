@@ -17,6 +17,7 @@ from utils.dataset import Split, label_sizes_px
 from utils.distill import check_teacher
 from utils.optim import freeze, frozen_rows
 from utils.profile import count_parameters
+from utils.pruning.slimming import prunable_batchnorms
 from utils.pruning.verdict import NOT_KNOWN, Best, known_map50
 from utils.training.inputs import Inputs
 
@@ -76,8 +77,17 @@ def best_of_source(inputs: Inputs, options: argparse.Namespace) -> Best:
 
 
 def freeze_rows(model: Model, options: argparse.Namespace) -> list[nn.Module]:
-    """Apply `--freeze`; returns the BN layers to keep in eval mode."""
-    return freeze(model.model, frozen_rows(options.freeze, len(model.model)))
+    """Apply `--freeze`; returns the BN layers to keep in eval mode.
+
+    Raises:
+        ValueError: there are no such rows, or nothing is left for `--bn_sparsity`.
+    """
+    frozen = freeze(model.model, frozen_rows(options.freeze, len(model.model)))
+    if options.bn_sparsity:  # now, not when there is a run folder
+        prunable = prunable_batchnorms(model, options.shortcut).values()
+        if not any(bn.weight.requires_grad for bn in prunable):
+            raise ValueError("--freeze leaves no layer that --bn_sparsity could make sparse")
+    return frozen
 
 
 def choose_anchors(

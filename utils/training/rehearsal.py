@@ -7,7 +7,6 @@ import copy
 import logging
 import math
 import traceback
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,9 +39,7 @@ def choose_batch_size(
         LOGGER.info("--batch-size -1: %d, as this device is not short of memory", size)
         return size
     trial_options = argparse.Namespace(**{**vars(options), "batch_size": 1})
-    trial = build_run(
-        trial_options, inputs, copy.deepcopy(model), imgsz, device, precision, 1, Path()
-    )
+    trial = build_run(trial_options, inputs, copy.deepcopy(model), imgsz, device, precision, 1)
     add_teacher(trial, teacher)
     with devices.limit_memory(device, BATCH_MEMORY):
         size = find_largest_fitting(

@@ -56,7 +56,6 @@ class Run:
     imgsz: int
     device: torch.device
     precision: torch.dtype
-    dir: Path
     loss: DetectionLoss
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -65,6 +64,7 @@ class Run:
     plan: SparsityPlan  # of the whole run
     penalty: SparsityPenalty | None
     class_maps: np.ndarray  # [K] mAP@.5:.95 of each class after the last validation
+    dir: Path = Path()  # made, or found, when the rest is ready
     frozen_norms: list[nn.Module] = dataclasses.field(default_factory=list)
     first_epoch: int = 0
     best_fitness: float = -1.0
@@ -75,7 +75,6 @@ class Run:
     distillation: DistillationLoss | None = None  # there if the teacher is
     data: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # to see changes
     stop: StopRequest = dataclasses.field(default_factory=lambda: StopRequest(devices.rank() > 0))
-    is_resumed: bool = False
     batches: int = 0  # of the current epoch, that the network has learnt from
     loss_sums: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0))  # over these
     before: BeforeStep | None = None  # there while batches wait for the step that they belong to
@@ -102,7 +101,6 @@ def build_run(
     device: torch.device,
     precision: torch.dtype,
     steps_per_epoch: int,
-    run_dir: Path,
 ) -> Run:
     """Loss, optimizer, schedule and average for the network, on the device."""
     hyp = inputs.hyp
@@ -148,7 +146,6 @@ def build_run(
         imgsz=imgsz,
         device=device,
         precision=precision,
-        dir=run_dir,
         loss=build_loss(model, loss_settings(hyp, model, imgsz)),
         optimizer=optimizer,
         schedule=schedule,
@@ -188,8 +185,6 @@ def build_penalty(
         return None
     batchnorms = prunable_batchnorms(model, options.shortcut)
     frozen = [path for path, bn in batchnorms.items() if not bn.weight.requires_grad]
-    if len(frozen) == len(batchnorms):
-        raise ValueError("--freeze leaves no layer that --bn_sparsity could make sparse")
     if frozen:
         LOGGER.warning("--freeze: no penalty on %d frozen layers, from %s", len(frozen), frozen[0])
     rate = options.sparsity_rate

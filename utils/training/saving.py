@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ import torch
 from utils import device as devices
 from utils import ranks
 from utils.checkpoint import build_checkpoint, save_checkpoint, save_final
-from utils.claim import claim
-from utils.config import Hyperparameters
+from utils.claim import claim, release
 from utils.evaluate import EvaluationResult
 from utils.optim import restore_optimizer
 from utils.pruning.slimming import GammaStatistics, gamma_statistics
 from utils.pruning.verdict import Best, History
-from utils.resume import Resumed, check_alike, warn_of_other_data
+from utils.resume import check_alike, warn_of_other_data
 from utils.run_dir import new_run_dir, save_options
 from utils.training.run import BeforeStep, Run, build_loss
 
@@ -27,17 +26,24 @@ SAVE_SECONDS = 600  # between two checkpoints at most, though an epoch takes lon
 LONG_VALIDATION = 60  # seconds; before one of these there is a checkpoint too
 
 
-def open_run_dir(
-    options: argparse.Namespace, hyp: Hyperparameters, resumed: Resumed | None
-) -> Path:
-    """A new folder for results, with the options and hyperparameters of this run in it."""
-    if resumed:
-        return resumed.run_dir
-    run_dir = new_run_dir(options.project, options.name, options.exist_ok)
+def open_run_dir(run: Run) -> Path:
+    """A new folder for results, with the options and hyperparameters of this run in it.
+
+    And with last.pt, as also what is killed in its first epoch can be resumed.
+    """
+    options = run.options
+
+    def fill(folder: Path) -> None:
+        claim(folder, ranks.job())
+        (folder / "weights").mkdir(exist_ok=True)
+        save_options(folder / "opt.yaml", vars(options))
+        save_options(folder / "hyp.yaml", run.hyp.to_dict())
+        if not options.nosave:
+            save_resumable(run, folder / "weights/last.pt", -1)
+        release(folder)  # Windows renames no folder in which a file is open
+
+    run_dir = new_run_dir(options.project, options.name, options.exist_ok, fill)
     claim(run_dir, ranks.job())
-    (run_dir / "weights").mkdir(exist_ok=True)
-    save_options(run_dir / "opt.yaml", vars(options))
-    save_options(run_dir / "hyp.yaml", hyp.to_dict())
     return run_dir
 
 
@@ -57,7 +63,6 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
         run.scaler.load_state_dict(state["scaler"])
     # A run that stopped early and was killed before its last touches has nothing left to train.
     run.first_epoch = run.options.epochs if state["is_last"] else state["epoch"] + 1
-    run.is_resumed = True
     # Versions before saved between epochs alone. With another batch size it is as many images.
     ratio = state.get("batch_size", run.options.batch_size) / run.options.batch_size
     batches = state.get("batches", 0)
@@ -159,9 +164,14 @@ def save_position(run: Run, epoch: int) -> None:
     run.saved_at = time.monotonic()
     loss_sums = ranks.add_up(run.loss_sums)
     if devices.rank() == 0:
-        content = checkpoint_content(run, epoch - 1, None)
-        state = training_state(run, epoch - 1, is_last=False) | {"loss_sums": loss_sums.tolist()}
-        save_checkpoint(run.dir / "weights/last.pt", {**content, "training": state})
+        save_resumable(run, run.dir / "weights/last.pt", epoch - 1, loss_sums.tolist())
+
+
+def save_resumable(run: Run, path: Path, epoch: int, loss_sums: Sequence[float] = ()) -> None:
+    """Write what a run goes on from, not validated; `epoch` is the last one that was finished."""
+    content = checkpoint_content(run, epoch, None)
+    state = training_state(run, epoch, is_last=False) | {"loss_sums": list(loss_sums)}
+    save_checkpoint(path, {**content, "training": state})
 
 
 def remember(run: Run) -> BeforeStep:
