@@ -61,7 +61,7 @@ def test_help_is_the_same_when_main_is_called(script, capsys):
         ("train.py --freeze 2 -1", "--freeze is -1, expected at least 0"),
         ("train.py --optimizer Lion", "--optimizer: invalid choice: 'Lion'"),
         ("train.py --bn_sparsity --ft_pruned_model", "are different stages; give one of them"),
-        ("train.py --resume --epochs 3", "epochs cannot be changed"),
+        ("train.py --resume --evolve 3", "--resume goes on with one; give one"),
         ("train.py --device mars", "--device mars: expected cpu, mps, a GPU number"),
         ("train.py --amp fp16 --device cpu", "--amp fp16 needs a CUDA GPU, not cpu"),
         ("train.py --amp fp16 --device MPS", "--amp fp16 needs a CUDA GPU, not MPS"),

@@ -1485,6 +1485,10 @@ def spoil_moment(state):
 DAMAGES = {
     "nothing": (lambda c: c.update(training=None), r"\(training missing, or of the wrong kind\)"),
     "a part": (lambda c: c["training"].pop("ema"), r"\(ema missing, or of the wrong kind\)"),
+    "a tensor for an option": (
+        lambda c: c["options"].update(weights=torch.zeros(3)),
+        r"\(weights missing, or of the wrong kind\)",
+    ),
     "kinds": (
         lambda c: c["training"].update(epoch="2", class_maps=[]), r"\(epoch, class_maps missing"
     ),
@@ -1539,6 +1543,29 @@ def test_resume_takes_what_is_typed_also_a_default(base, tmp_path, monkeypatch):
     for typed, expected in (([], 0), (["--workers", "8"], 8)):
         options, given = train.parse_args(["--resume", last, *typed])
         assert train.find_resumed(options, given, train.ROOT).options.workers == expected
+
+
+def test_a_resumed_run_takes_its_own_options_and_no_others(
+    base, tmp_path, monkeypatch, capsys, tiny_dataset
+):
+    sparse = ["--bn_sparsity", "--sparsity_rate", "0.01"]
+    train_until(monkeypatch, 0, [*base, "--epochs", "2", *sparse])
+    last = tmp_path / "runs/exp/weights/last.pt"
+    again = ["--resume", str(last.parents[1]), "--workers", "0"]
+    cases = {
+        ("--epochs", "9"): "--epochs is 9, but the run has 2; a run goes on",
+        ("--cfg", "yolov5n.yaml", "--seed", "3"): "; --seed is 3, but the run has 0; a run goes on",
+        ("--sparsity_rate", "0.02"): "--sparsity-rate is 0.02, but the run has 0.01; a run",
+        ("--cos-lr",): "--cos-lr is True, but the run has False; a run",
+    }
+    for flags, words in cases.items():
+        with pytest.raises(ValueError, match=words) as caught:
+            train.main([*again, *flags])
+        assert f": python train.py --weights {last} with all" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert "usage" not in capsys.readouterr().err  # which would hide it
+    train.main([*again, *base, "--epochs", "2", "--sparsity_rate", "0.01"])
+    assert len(results_of(tmp_path / "runs/exp")) == 2
 
 
 def test_resume_after_an_early_stop_trains_no_further(base, tmp_path, monkeypatch):
@@ -1712,7 +1739,7 @@ REFUSED = {
     "rate without penalty": (["--sparsity_rate", "0.1"], "only with --bn_sparsity"),
     "no network": (["--weights", "", "--cfg", ""], "give --cfg"),
     "nothing to fine-tune": (["--ft_pruned_model"], "give --weights"),
-    "resume with options": (["--resume", "x.pt"], "cannot be changed"),
+    "two ways to go on": (["--resume", "x.pt", "--evolve", "2"], "--resume goes on with one"),
     "epochs": (["--epochs", "0"], "--epochs is 0"),
     "batch": (["--batch-size", "0"], "--batch-size is 0, expected at least 1"),
     "batch that fits on two": (["--batch", "-1", "--device", "0,1"], "give a number for several"),

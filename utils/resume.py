@@ -99,7 +99,8 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
     if "teacher" in given and bool(options.teacher) != bool(merged.teacher):
         has = "learns from one" if merged.teacher else "has none"
         raise ValueError(f"--teacher {options.teacher or repr('')}: the run to resume {has}")
-    for name in sorted(given - {"resume"}):
+    refuse_changes(path, vars(merged), {name: getattr(options, name) for name in given})
+    for name in sorted(given & RESUME_FLAGS - {"resume"}):
         before, now = getattr(merged, name), getattr(options, name)
         if before != now:
             LOGGER.info("%s: %s now, %s when the run was saved", flag_of(name), now, before)
@@ -112,6 +113,26 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
     batches = f", after {state['batches']} of its batches" if state.get("batches") else ""
     LOGGER.info("resuming %s in epoch %d%s", run_dir, state["epoch"] + 1, batches)
     return Resumed(path, content, run_dir, merged)
+
+
+def refuse_changes(path: Path, before: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Stop if options were typed that the run has not, and that cannot be given it now.
+
+    Raises:
+        ValueError: names them, with both values.
+    """
+    changed = [
+        name
+        for name in sorted(given.keys() - RESUME_FLAGS)
+        if _plain(name, given[name]) != _plain(name, before[name])
+    ]
+    if changed:
+        texts = [f"{flag_of(n)} is {given[n]!r}, but the run has {before[n]!r}" for n in changed]
+        raise ValueError(
+            f"--resume {path}: {'; '.join(texts)}; a run goes on with its own options. Leave that "
+            f"out, or train on from its weights in a new run: python train.py --weights {path} "
+            "with all options that it shall have"
+        )
 
 
 def make_paths_absolute(options: argparse.Namespace) -> None:
@@ -137,10 +158,18 @@ def check_training_state(content: Mapping[str, Any], path: Path) -> None:
     else:
         wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)]
     wrong += [name for name in ("options", "hyp") if not isinstance(content.get(name), dict)]
+    if "options" not in wrong:
+        wrong += [name for name, value in content["options"].items() if not _is_option(value)]
     if wrong:
         raise damaged(path, f"{', '.join(wrong)} missing, or of the wrong kind")
     with naming_damage(path):
         Hyperparameters(**content["hyp"])
+
+
+def _is_option(value: Any) -> bool:
+    """Whether it could have been typed."""
+    parts = value if isinstance(value, list) else [value]
+    return all(part is None or isinstance(part, str | bool | int | float) for part in parts)
 
 
 def check_progress(state: Mapping[str, Any], epochs: int) -> None:
@@ -244,13 +273,14 @@ def find_own_checkpoint(options: argparse.Namespace) -> Path | None:
 def is_same_training(options: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
     """Whether options ask for the training that began with others."""
     may_differ = RESUME_FLAGS - {"data", "teacher"} | {"resume", "project", "name", "exist_ok"}
-
-    def plain(name: str, value: Any) -> Any:
-        is_path = name in PATHS and value
-        return str(expand_home(value).absolute()) if is_path else to_plain(value)
-
     names = options.keys() & before.keys() - may_differ
-    return all(plain(name, options[name]) == plain(name, before[name]) for name in names)
+    return all(_plain(name, options[name]) == _plain(name, before[name]) for name in names)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """What two values of an option are compared by."""
+    is_path = name in (*PATHS, "project") and value
+    return str(expand_home(value).absolute()) if is_path else to_plain(value)
 
 
 def warn_of_edits(run_dir: Path, content: Mapping[str, Any]) -> None:

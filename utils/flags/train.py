@@ -241,19 +241,10 @@ def parse_args(
     parser = build_parser(description)
     options = parser.parse_args(argv)
     given = _given_flags(argv)
-    if options.resume and given - RESUME_FLAGS:
-        flags = ", ".join(sorted(given - RESUME_FLAGS))
-        parser.error(f"--resume takes the options of the run; {flags} cannot be changed")
-    if options.bn_sparsity and options.ft_pruned_model:
-        parser.error("--bn_sparsity and --ft_pruned_model are different stages; give one of them")
-    for flag, needed in ACTS_ONLY_WITH.items():
-        if _option_name(flag) in given and not getattr(options, _option_name(needed)):
-            parser.error(f"{flag} acts only with {needed}")
-    if not options.weights and not options.cfg:
-        parser.error("--weights '' needs a network: give --cfg, for example --cfg yolov5n.yaml")
-    if options.ft_pruned_model and not options.weights:
-        parser.error("--ft_pruned_model needs the pruned checkpoint: give --weights")
-    check_validation_and_loading(parser, options, given)
+    if options.resume and options.evolve:
+        parser.error("--evolve starts trainings, --resume goes on with one; give one of them")
+    if not options.resume:  # whose options are those of the run
+        check_conflicts(parser, options, given)
     check_values(parser, options)
     if options.sparsity_share is None:
         options.sparsity_share = AUTO_SHARE if options.sparsity_rate == "auto" else 1.0
@@ -313,10 +304,19 @@ def check_values(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error(f"--seed is {options.seed}, expected at most {MAX_SEED}")
 
 
-def check_validation_and_loading(
+def check_conflicts(
     parser: argparse.ArgumentParser, options: argparse.Namespace, given: set[str]
 ) -> None:
-    """Refuse flags that need what others leave out."""
+    """Refuse flags that contradict each other, or need what others leave out."""
+    if options.bn_sparsity and options.ft_pruned_model:
+        parser.error("--bn_sparsity and --ft_pruned_model are different stages; give one of them")
+    for flag, needed in ACTS_ONLY_WITH.items():
+        if _option_name(flag) in given and not getattr(options, _option_name(needed)):
+            parser.error(f"{flag} acts only with {needed}")
+    if not options.weights and not options.cfg:
+        parser.error("--weights '' needs a network: give --cfg, for example --cfg yolov5n.yaml")
+    if options.ft_pruned_model and not options.weights:
+        parser.error("--ft_pruned_model needs the pruned checkpoint: give --weights")
     if options.noval and options.image_weights:
         parser.error("--image-weights needs the validation that --noval leaves out")
     if options.noval and "patience" in given and options.patience:
