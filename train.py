@@ -207,9 +207,8 @@ def say_goodbye(run: Run, epoch: int, num_batches: int) -> int:
     """After a request to stop; returns the exit status that shells know for the signal."""
     cause = run.stop.signal or signal.SIGTERM  # without one here, another process was told
     LOGGER.info(
-        "stopped by %s, saved after batch %d of %d of epoch %d; python train.py --resume %s goes "
-        "on from there",
-        cause.name, run.batches, num_batches, epoch, run.dir,
+        "stopped by %s, saved after batch %d of %d of epoch %d; %s goes on from there",
+        cause.name, run.batches, num_batches, epoch, run.command_to_resume(),
     )  # fmt: skip
     return 128 + cause
 

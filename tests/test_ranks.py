@@ -267,7 +267,7 @@ ENDS = {
     "stop": (
         143,
         TOLD,
-        "stopped by SIGTERM, saved after batch 2 of 3 of epoch 1; .*--resume {run}",
+        "stopped by SIGTERM, saved after batch 2 of 3 of epoch 1; torchrun .*--resume {run} goes",
     ),
     "fail": (1, {1, *TOLD}, "error: images: the drive has gone"),
     "nan": (3, {3, *TOLD}, "error: the loss is nan in epoch 1, batch 1 .*--resume {run}"),

@@ -1,10 +1,11 @@
 """What has changed since an interrupted run was saved."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from utils.resume import describe_change, is_same_training, summarize_data
+from utils.resume import command_to_resume, describe_change, is_same_training, summarize_data
 from utils.run_dir import write_text_atomic
 from utils.scan import scan_split
 
@@ -81,3 +82,36 @@ def test_only_the_same_training_goes_on_by_itself(tmp_path, monkeypatch, changes
     before = {"epochs": 3, "bn_sparsity": True, "workers": 2, "device": "", "name": "exp"}
     before |= {"weights": str(tmp_path / "nets/n.pt"), "data": str(tmp_path / "d.yaml")}
     assert is_same_training(before | {"newer_flag": 1} | changes, before) == is_same
+
+
+# How many processes there are on this machine and in all, who has started them, and --device.
+STARTS = {
+    "alone": (1, 1, "", "", "python train.py --resume 'my run' --batch-size 4"),
+    "one GPU": (1, 1, "", "1", "python train.py --resume 'my run' --batch-size 4"),
+    "launcher": (2, 2, "", "0,1", "python train.py --device 0,1 --resume 'my run' --batch-size 4"),
+    "torchrun": (
+        *(2, 2, "none", "0,1"),
+        "torchrun --standalone --nproc_per_node 2 train.py --resume 'my run' --batch-size 4",
+    ),
+    "machines": (
+        *(2, 4, "a job", ""),
+        "torchrun --nnodes 2 --nproc_per_node 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT "
+        "train.py --resume 'my run' --batch-size 4",
+    ),
+    "another starter": (
+        *(2, 2, "", ""),
+        "torchrun --standalone --nproc_per_node 2 train.py --resume 'my run' --batch-size 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_the_command_to_go_on_starts_as_many_processes(monkeypatch, case):
+    """And can be pasted into a shell."""
+    local, total, job, device, command = STARTS[case]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setenv("WORLD_SIZE", str(total))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if job:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+    assert command_to_resume(Path("my run"), device, "--batch-size", "4") == command

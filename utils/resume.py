@@ -6,6 +6,7 @@ import argparse
 import logging
 import math
 import os
+import shlex
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from utils import device as devices
 from utils import ranks
 from utils.atomic import STAGING
 from utils.checkpoint import load_checkpoint
 from utils.claim import claim, find_claimed
 from utils.command import is_out_of_memory
 from utils.config import Hyperparameters, load_yaml
+from utils.device_text import gpu_indices
 from utils.flags.checks import flag_of
 from utils.flags.train import RESUME_FLAGS, parse_saved
 from utils.lookup import expand_home, locate_checkpoint
@@ -48,6 +51,27 @@ class Resumed(NamedTuple):
     content: dict[str, Any]  # of that
     run_dir: Path
     options: argparse.Namespace  # those of the run, with the device and workers given now
+
+
+def command_to_resume(run_dir: Path, device: str, *flags: str) -> str:
+    """What to type in a shell to go on with as many processes as there are now.
+
+    Args:
+        run_dir: of the run.
+        device: its `--device`; one process is started for each of several GPUs.
+        flags: added to the command.
+    """
+    count, local = devices.world_size(), devices.local_world_size()
+    start, is_ours = ["python", "train.py"], "TORCHELASTIC_RUN_ID" not in os.environ
+    if is_ours and count == len(gpu_indices(device)) > 1:
+        start += ["--device", device]
+    elif count == local > 1:
+        start = ["torchrun", "--standalone", "--nproc_per_node", str(local), "train.py"]
+    elif count > 1:
+        nodes = ["--nnodes", str(count // local), "--nproc_per_node", str(local)]
+        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:PORT"]
+        start = ["torchrun", *nodes, *meeting, "train.py"]
+    return shlex.join([*start, "--resume", str(run_dir), *flags])
 
 
 def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Resumed | None:

@@ -89,6 +89,6 @@ def advise_batch_size(run: Run, error: RuntimeError) -> str:
     given = f"--batch-size {options.batch_size} at {run.imgsz} px"
     if not fits:
         return f"out of memory with {given}; no smaller one fits either, lower --imgsz"
-    again = f"python train.py --resume {run.dir} --batch-size {fits}"
+    again = run.command_to_resume("--batch-size", str(fits))
     has_last = (run.dir / "weights/last.pt").is_file()
     return f"out of memory with {given}; {again if has_last else f'--batch-size {fits}'} fits"

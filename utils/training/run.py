@@ -28,6 +28,7 @@ from utils.pruning.slimming import (
     prunable_batchnorms,
 )
 from utils.pruning.verdict import NOT_KNOWN, Best
+from utils.resume import command_to_resume
 from utils.stopping import StopRequest
 from utils.tensorboard import Board
 from utils.training.inputs import Inputs
@@ -86,6 +87,10 @@ class Run:
     def loss_names(self) -> tuple[str, ...]:
         """The parts of the training loss."""
         return LOSS_NAMES if self.distillation is None else (*LOSS_NAMES, "distill")
+
+    def command_to_resume(self, *flags: str) -> str:
+        """What to type to go on with this run, and with these flags."""
+        return command_to_resume(self.dir, self.options.device, *flags)
 
     def go_alone(self) -> None:
         """From here on this process must not wait for others: they may be elsewhere."""

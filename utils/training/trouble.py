@@ -34,14 +34,14 @@ def saying_how_to_go_on(run: Run) -> Iterator[None]:
             raise
         reason = ranks.describe_lost_connection(error)
         raise ConnectionError(
-            f"{reason}; python train.py --resume {run.dir} goes on from what was saved last"
+            f"{reason}; {run.command_to_resume()} goes on from what was saved last"
         ) from None
     except OSError as error:
         reason, last = describe_os_error(error), run.dir / "weights/last.pt"
         if devices.rank() != 0 or not last.is_file():
             raise
         raise OSError(
-            f"{reason}; then python train.py --resume {run.dir} goes on from what was saved last"
+            f"{reason}; then {run.command_to_resume()} goes on from what was saved last"
         ) from error
 
 
@@ -91,8 +91,8 @@ def go_back(run: Run, trouble: str) -> None:
     factor = run.schedule.factor * RECOVERY_FACTOR
     if run.options.on_nan == "stop":
         again = (
-            f"python train.py --resume {run.dir} --on-nan recover goes on from what was saved "
-            "last, and halves the learning rate when this comes again; or "
+            f"{run.command_to_resume('--on-nan', 'recover')} goes on from what was saved last, and "
+            "halves the learning rate when this comes again; or "
         )
         remedy = "lower lr0 in the hyperparameters or --sparsity_rate, or try --amp off"
         raise FloatingPointError(f"{trouble}; {again if last.is_file() else ''}{remedy}")
