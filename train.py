@@ -122,7 +122,7 @@ def run_training(
     run = build_run(options, inputs, model, imgsz, device, precision, len(train_loader))
     run.frozen_norms = frozen_norms
     run.data = {"training": summarize_data(train_split), "validation": summarize_data(val_split)}
-    run.data |= summarize_teacher(inputs.teacher)
+    run.data |= ranks.from_first(lambda: summarize_teacher(inputs.teacher))
     add_teacher(run, teacher)
     run.best = max(best_of_source(inputs, options), best_of_teacher)
     if resumed:

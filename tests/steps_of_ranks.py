@@ -52,20 +52,24 @@ def become(argv: list[str], environment: dict[str, str], log: Path) -> None:
 
 
 def compare(jobs: dict[str, list[str]], folder: Path) -> None:
-    """Train, and keep gradients, gammas and results of every step, and the files written."""
+    """Train, and keep gradients, gammas and results of every step, and the files used."""
     written: list[str] = []
-    sys.addaudithook(lambda event, args: note_writing(event, args, written))
+    read: list[str] = []
+    sys.addaudithook(lambda event, args: note_use(event, args, written, read))
     with ranks.connected():
         train.ranks.connected = contextlib.nullcontext  # once is enough for all of them
         steps = {name: steps_of(argv) for name, argv in jobs.items()}
     written = [path for path in written if path.startswith(str(folder))]
-    torch.save({"steps": steps, "written": written}, folder / f"rank{rank()}.pt")
+    read = [path for path in read if path.startswith(str(folder.parent))]
+    found = {"steps": steps, "written": written, "read": read}
+    torch.save(found, folder / f"rank{rank()}.pt")
 
 
-def note_writing(event: str, args: tuple, written: list[str]) -> None:
-    """Remember which files are opened for writing, made or renamed."""
-    if event == "open" and isinstance(args[2], int) and args[2] & WRITING:
-        written.append(str(args[0]))
+def note_use(event: str, args: tuple, written: list[str], read: list[str]) -> None:
+    """Remember which files are opened, for writing or else, made or renamed."""
+    if event == "open":
+        is_written = isinstance(args[2], int) and args[2] & WRITING
+        (written if is_written else read).append(str(args[0]))
     if event in ("os.mkdir", "os.rename", "os.remove"):
         written.append(str(args[0]))
 

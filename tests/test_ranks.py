@@ -241,8 +241,11 @@ class Compared(NamedTuple):
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(stages, compare_steps):
-    """Gradients, rates, penalties, metrics; and only the first of them writes and speaks."""
+def test_two_processes_take_the_steps_of_one(stages, compare_steps, tiny_dataset):
+    """Gradients, rates, penalties, metrics; and only the first of them writes and speaks.
+
+    Of files the second opens the images alone.
+    """
     one, two = compare_steps(1), compare_steps(2)
     (alone,), (first, second) = one.found, two.found
     for name in stages:
@@ -257,6 +260,8 @@ def test_two_processes_take_the_steps_of_one(stages, compare_steps):
         assert_same_results(one.folder / name, two.folder / name)
     assert any("results.csv" in path for path in first["written"])
     assert second["written"] == []
+    assert {path for path in first["read"] if path.endswith(".pt")}
+    assert {Path(path).parent for path in second["read"]} == {tiny_dataset.images}
     assert two.logs[1] == ""
 
 
