@@ -163,6 +163,9 @@ class Forked:
         if self.poll() is None:
             os.kill(self.process.pid, number)
 
+    def wait(self):
+        self.process.join()
+
     def terminate(self):
         self.send_signal(signal.SIGTERM)
 

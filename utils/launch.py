@@ -40,32 +40,35 @@ def launch(command: Sequence[str], count: int) -> int:
     processes: list[subprocess.Popen[bytes]] = []
     asked: list[int] = []
 
-    def pass_on(number: int, _: object) -> None:
-        asked.append(number)
-        for process in processes:
-            process.send_signal(number)
-
     numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
     heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, pass_on) for number in heard}
+    before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in heard}
     try:
         for rank in map(str, range(count)):
             own = {"RANK": rank, "LOCAL_RANK": rank}
             processes.append(subprocess.Popen(command, env={**environment, **own}))
-        for number in tuple(asked):  # before the last of them was there
-            pass_on(number, None)
-        return _wait(processes)
+        return _wait(processes, asked)
     finally:
         for process in processes:
             process.kill()
+        for process in processes:
+            process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Until all have ended; those that are left when one has failed are ended."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]], asked: list[int]) -> int:
+    """Until all have ended; those that are left when one has failed are ended.
+
+    Signals that come to be in `asked` are passed on here alone, so that each process gets them
+    once: a second Ctrl-C ends a training without saving it.
+    """
     code, deadline = 0, float("inf")
     while None in (codes := [process.poll() for process in processes]):
+        while asked:
+            number = asked.pop(0)
+            for process in processes:
+                process.send_signal(number)
         if any(codes) and not code:
             # Once more: what this one has lost may have ended since the look at it.
             code = _cause([process.poll() for process in processes])
