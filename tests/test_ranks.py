@@ -21,12 +21,14 @@ from torch import nn
 from torch.distributed import TCPStore
 
 from models import Model, ModelSpec
-from tests.steps_of_ranks import become
+from tests.steps_of_ranks import STOPPED, become, floats
 from utils import launch as launching
-from utils.checkpoint import build_checkpoint, load_checkpoint, save_checkpoint
+from utils.checkpoint import build_checkpoint, load_checkpoint, load_detector, save_checkpoint
+from utils.dataset import DetectionDataset, build_loader, scan_split
 from utils.flags.train import parse_args
+from utils.loss import DetectionLoss, LossSettings
 from utils.optim import ModelEma
-from utils.pruning.slimming import SparsityPenalty
+from utils.pruning.slimming import SparsityPenalty, prunable_batchnorms
 from utils.training.inputs import check_processes
 from utils.training.loaders import check_images_are_here
 
@@ -59,16 +61,50 @@ def in_project(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+@pytest.fixture(scope="module")
+def trained():
+    """A function: checkpoints of two networks, one slim, that find objects; made once."""
+    made = {}
+
+    def train(dataset):
+        if not made:
+            torch.manual_seed(7)
+            dense = Model(ModelSpec.from_dict(SPEC))
+            widths = {path: width - 1 for path, width in dense.widths().items()}
+            networks = {"dense": dense, "slim": Model(dense.spec.with_widths(widths))}
+            split = scan_split([dataset.images], dataset.names, cache=False)
+            (batch,) = build_loader(DetectionDataset(split, 64), len(split))
+            for name, network in networks.items():
+                learn(network, batch.images.float() / 255, batch.targets)
+                made[name] = build_checkpoint(network, dataset.names)
+        return made
+
+    return train
+
+
+def learn(network, images, targets):
+    loss = DetectionLoss(network.head.anchors, LossSettings(box=0.05, obj=1.0, cls=0.5))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
+    for _ in range(60):
+        loss(network(images), targets)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @pytest.fixture
-def base(tiny_dataset, tmp_path):
-    """Flags of a run of seconds on five images: the third batch of an epoch has but one."""
+def base(tiny_dataset, trained, tmp_path):
+    """Flags of a run of seconds on seven images: the fourth batch of an epoch has but one."""
     for folder in (tiny_dataset.images, tiny_dataset.labels):
         source = next(folder.glob("c.*"))
-        shutil.copy(source, source.with_stem("e"))
+        for name in "efg":
+            shutil.copy(source, source.with_stem(name))
     cfg = tmp_path / "tiny.yaml"
     cfg.write_text(yaml.safe_dump(SPEC))
+    for name, content in trained(tiny_dataset).items():
+        save_checkpoint(tmp_path / f"{name}.pt", content)
     return [
-        *("--data", str(tiny_dataset.yaml), "--cfg", str(cfg), "--weights", ""),
+        *("--data", str(tiny_dataset.yaml), "--cfg", str(cfg)),
+        *("--weights", str(tmp_path / "dense.pt")),
         *("--img", "64", "--batch", "2", "--workers", "0", "--device", "cpu", "--amp", "off"),
         *("--nominal-batch", "4", "--noautoanchor", "--epochs", "2"),
     ]
@@ -77,21 +113,18 @@ def base(tiny_dataset, tmp_path):
 @pytest.fixture
 def stages(base, tmp_path):
     """Command lines of all stages."""
-    torch.manual_seed(7)
-    model = Model(ModelSpec.from_dict(SPEC))
-    names = ("disc", "box", "bar")
-    save_checkpoint(tmp_path / "dense.pt", build_checkpoint(model, names))
-    widths = {path: width - 1 for path, width in model.widths().items()}
-    slim = Model(model.spec.with_widths(widths))
-    save_checkpoint(tmp_path / "slim.pt", build_checkpoint(slim, names))
     proximal = [*base, *SPARSE, "--sparsity_mode", "proximal", "--sparsity_rate", "0.05"]
     tuned = [*base, "--weights", str(tmp_path / "slim.pt"), "--ft_pruned_model"]
+    synchronised = [*proximal, "--batch", "4", "--sync-bn", "--freeze", "1"]
     return {
         "dense": base,
         "rect": [*base, "--rect", "--batch", "4"],
         "sparse": [*base, *SPARSE],
         "proximal": proximal,
+        "tuned": tuned,
         "distilled": [*tuned, "--teacher", str(tmp_path / "dense.pt")],
+        "synchronised": synchronised,
+        STOPPED: synchronised,
     }
 
 
@@ -133,6 +166,17 @@ def test_synchronised_norms_are_penalised_folded_and_counted_like_others(tiny_sp
     torch.testing.assert_close(synchronised(images)[0], plain(images)[0])
 
 
+def assert_same_steps(alone, first, second, name):
+    """Two that train together take the same steps bit by bit, and those of one by itself."""
+    for step, a, b in zip(alone, first, second, strict=True):
+        for what, expected in step.items():
+            assert torch.equal(a[what], b[what]), (name, what)
+            scale = expected.abs().max().item() if expected.numel() else 0
+            torch.testing.assert_close(
+                a[what], expected, rtol=1e-5, atol=1e-5 * scale, msg=f"{name}: {what}"
+            )
+
+
 def results_of(run_dir):
     with (run_dir / "results.csv").open() as file:
         return list(csv.DictReader(file))
@@ -143,6 +187,12 @@ def assert_same_results(one, other):
         assert {name: float(cell) for name, cell in row.items()} == pytest.approx(
             {name: float(cell) for name, cell in expected.items()}, rel=1e-4, nan_ok=True
         ), one
+
+
+def assert_it_finds_objects(run_dir):
+    for row in results_of(run_dir):
+        for metric in ("precision", "recall", "mAP_0.5", "mAP_0.5:0.95"):
+            assert float(row[f"metrics/{metric}"]) > 0, (run_dir.name, metric)
 
 
 class Forked:
@@ -225,6 +275,7 @@ def compare_steps(known, stages, tmp_path, launch_forked):
                 name: [*flags, "--project", str(folder), "--name", name]
                 for name, flags in stages.items()
             }
+            jobs["resumed"] = ["--resume", str(folder / STOPPED)]
             (folder / "jobs.json").write_text(json.dumps(jobs))
             ended = launch_forked(["compare", folder / "jobs.json", folder], count, folder)
             assert ended.code == 0, ended.logs
@@ -251,21 +302,35 @@ def test_two_processes_take_the_steps_of_one(stages, compare_steps, tiny_dataset
     """
     one, two = compare_steps(1), compare_steps(2)
     (alone,), (first, second) = one.found, two.found
-    for name in stages:
-        assert len(alone["steps"][name]) >= 4
-        for step, a, b in zip(*(f["steps"][name] for f in (alone, first, second)), strict=True):
-            for what, expected in step.items():
-                assert torch.equal(a[what], b[what]), (name, what)
-                scale = expected.abs().max().item() if expected.numel() else 0
-                torch.testing.assert_close(
-                    a[what], expected, rtol=1e-5, atol=1e-6 * scale, msg=f"{name}: {what}"
-                )
+    for name in first["steps"]:
+        assert_same_steps(*(found["steps"][name] for found in (alone, first, second)), name)
+    for name in stages.keys() - {STOPPED}:
+        assert len(first["steps"][name]) >= 4
         assert_same_results(one.folder / name, two.folder / name)
+        assert_it_finds_objects(two.folder / name)
     assert any("results.csv" in path for path in first["written"])
     assert second["written"] == []
     assert {path for path in first["read"] if path.endswith(".pt")}
     assert {Path(path).parent for path in second["read"]} == {tiny_dataset.images}
     assert two.logs[1] == ""
+
+
+@pytest.mark.slow
+def test_synchronised_statistics_are_those_of_one_process(compare_steps):
+    """In the network, its average, what is saved of it, and what goes on from there."""
+    two = compare_steps(2)
+    steps = two.found[0]["steps"]
+    stopped, whole = two.folder / STOPPED, two.folder / "synchronised"
+    start, *_, end = expected = steps["synchronised"]
+    assert not torch.equal(start["statistics"], end["statistics"])
+    for step, same in zip(steps[STOPPED] + steps["resumed"], expected, strict=True):
+        assert all(torch.equal(step[what], same[what]) for what in same)
+    assert_same_results(whole, stopped)
+    saved = load_detector(whole / "weights/last.pt").model
+    assert torch.equal(floats(saved), end["average"].half().float())
+    assert {type(bn) for bn in prunable_batchnorms(saved).values()} == {nn.BatchNorm2d}
+    # Twice in each of the two proximal runs that are not stopped, one of them synchronised.
+    assert len(re.findall(r"\(on 7 validation images\)", two.logs[0])) == 4
 
 
 # The exit status of the command and of its processes, and what they say, once. One that is to end
@@ -275,7 +340,7 @@ ENDS = {
     "stop": (
         143,
         TOLD,
-        "stopped by SIGTERM, saved after batch 2 of 3 of epoch 1; torchrun .*--resume {run} goes",
+        "stopped by SIGTERM, saved after batch 2 of 4 of epoch 1; torchrun .*--resume {run} goes",
     ),
     "fail": (1, {1, *TOLD}, "error: images: the drive has gone"),
     "nan": (3, {3, *TOLD}, "error: the loss is nan in epoch 1, batch 1 .*--resume {run}"),
