@@ -187,7 +187,7 @@ def train_epochs(
                         raise SystemExit(say_goodbye(run, epoch, len(train_loader))) from None
             raise
         except FloatingPointError as error:
-            go_back(run, explain_not_finite(run, error, epoch))
+            go_back(run, explain_not_finite(run, train_loader, error, epoch))
             epoch = run.first_epoch
             continue
         run.batches = 0
@@ -235,7 +235,7 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
             run.before = remember(run)
         images = to_device(run, batch, epoch, index)
         loss, parts = compute_loss(run, images, batch.targets, is_extra=batch.is_extra)
-        unread.append(Reading("the loss", loss.detach(), batch, index))
+        unread.append(Reading("the loss", loss.detach(), index))
         if looks:
             check_finite(unread, epoch)
         if looks or devices.world_size() == 1:
@@ -248,7 +248,7 @@ def train_one_epoch(run: Run, loader: Loader, epoch: int) -> list[float]:
         if steps:
             norm = clip_gradients(run)
             if not run.scaler.is_enabled():  # a scaler leaves steps out that are not finite
-                unread.append(Reading("a gradient", norm, batch, index))
+                unread.append(Reading("a gradient", norm, index))
             if looks:
                 check_finite(unread, epoch)
             optimizer_step(run, epoch, norm)

@@ -371,6 +371,25 @@ def test_a_sample_is_spread_over_the_batches(split, num_images, expected):
         assert torch.equal(ours.targets, batches[n].targets)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("weights", [None, np.array([1.0, 5, 0, 2])])
+def test_a_batch_can_be_read_again(split, rank, weights):
+    dataset = DetectionDataset(split, 64, hyp=HIGH)
+    loader = build_loader(dataset, 1, shuffle=True, rank=rank, world_size=3)
+    loader.set_image_weights(weights)
+    loader.set_epoch(5)
+    batches = list(loader)
+    assert len(batches) == 2  # the second one of rank 2 is extra
+    for number, batch in enumerate(batches):
+        whole = loader.read_again(number, of_all=True)
+        assert len(whole.paths) == (3, 1)[number]
+        assert set(batch.paths) <= set(whole.paths)
+        again = loader.read_again(number)
+        assert again.paths == batch.paths
+        assert torch.equal(again.images, batch.images)
+        assert torch.equal(again.targets, batch.targets)
+
+
 @pytest.mark.parametrize("rect", [False, True])
 def test_shuffling_visits_every_image_in_another_order_each_epoch(split, rect):
     loader = build_loader(DetectionDataset(split, 64, rect=rect, batch_size=1), 1, shuffle=True)

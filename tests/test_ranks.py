@@ -132,7 +132,6 @@ REFUSED = {
     "norms on CPUs": (["--sync-bn"], "--sync-bn needs CUDA GPUs, not cpu; leave it out"),
     "shares": (["--batch", "15"], "--batch-size 15 cannot be shared evenly by 2 processes"),
     "batch that fits": (["--batch", "-1"], "give a number for several"),
-    "going back": (["--on-nan", "recover"], "works in one process only"),
     "search": (["--evolve", "3"], "--evolve works in one process"),
 }
 
@@ -336,6 +335,10 @@ def test_synchronised_statistics_are_those_of_one_process(compare_steps):
 # The exit status of the command and of its processes, and what they say, once. One that is to end
 # may have been told so, by SIGTERM, when it was about to.
 TOLD = {143, -signal.SIGTERM}
+NAN = (
+    "error: the loss is nan in epoch 1, batch 1 [(]NAMES[)]; the batch is in "
+    "{run}/nan_batch_1_1.jpg and .txt; "
+)
 ENDS = {
     "stop": (
         143,
@@ -343,8 +346,8 @@ ENDS = {
         "stopped by SIGTERM, saved after batch 2 of 4 of epoch 1; torchrun .*--resume {run} goes",
     ),
     "fail": (1, {1, *TOLD}, "error: images: the drive has gone"),
-    "nan": (3, {3, *TOLD}, "error: the loss is nan in epoch 1, batch 1 .*--resume {run}"),
-    "nan in second": (3, {3, *TOLD}, "error: the loss is nan in epoch 1, batch 1 .*--resume {run}"),
+    "nan": (3, {3, *TOLD}, f"{NAN}.*torchrun .*{{run}} --on-nan recover goes on"),
+    "nan in second": (3, {3, *TOLD}, f"{NAN}.*--resume {{run}} --on-nan recover goes on"),
 }
 
 
@@ -359,10 +362,28 @@ def test_what_ends_one_process_ends_all_and_is_said_once(
     assert set(ended.codes) <= codes
     assert ended.codes.count(-signal.SIGKILL) == 0  # by the launcher
     output = "".join([*ended.logs, *capfd.readouterr()])
+    if mishap.startswith("nan"):  # of the whole batch, not of one process
+        listed = (tmp_path / "exp/nan_batch_1_1.txt").read_text().splitlines()
+        assert len(set(listed)) == 2
+        said = said.replace("NAMES", ", ".join(Path(path).name for path in listed))
     assert len(re.findall(said.format(run=tmp_path / "exp"), output)) == 1, output
     assert "Traceback" not in output
     state = load_checkpoint(tmp_path / "exp/weights/last.pt")["training"]
     assert (state["epoch"], state["batches"]) == ((0, 2) if mishap == "stop" else (0, 0))
+
+
+@pytest.mark.slow
+def test_two_processes_go_back_together(base, tmp_path, launch_forked):
+    """To what one process would have come to that goes back from the same batch."""
+    for count, mishap in ((1, "nan"), (2, "nan in second")):
+        folder = tmp_path / f"of{count}"
+        folder.mkdir()
+        command = [mishap, *base, "--project", folder, "--on-nan", "recover"]
+        ended = launch_forked(command, count, folder)
+        assert ended.code == 0, ended.logs
+        assert "back to epoch 1, batch 0, with the learning rate times 0.5" in ended.logs[0]
+        assert set(ended.logs[1:]) <= {""}
+    assert_same_results(tmp_path / "of1/exp", tmp_path / "of2/exp")
 
 
 @pytest.mark.slow

@@ -478,11 +478,21 @@ class EpochBatchSampler(Sampler[list[Key]]):
         for number, parts in enumerate(self.shared_batches()):
             if number < self.first_batch:
                 continue
-            if self.rank < len(parts):
-                yield parts[self.rank]
-            elif self.shuffle:
+            if self.rank >= len(parts):
+                if not self.shuffle:
+                    continue
                 self.extra.add(number)
-                yield parts[0][:1]
+            yield self._own(parts)
+
+    def _own(self, parts: list[list[Key]]) -> list[Key]:
+        """The part of this rank, or what is extra."""
+        return parts[self.rank] if self.rank < len(parts) else parts[0][:1]
+
+    def batch(self, number: int, *, of_all: bool = False) -> list[Key]:
+        """The batch of this number of the epoch, as iterating gives it, or that of all ranks."""
+        if of_all:
+            return next(itertools.islice(self._batches(), number, None))
+        return self._own(next(itertools.islice(self.shared_batches(), number, None)))
 
     def shared_batches(self) -> Iterator[list[list[Key]]]:
         """All batches of the epoch, as the parts of each rank that has one."""
@@ -582,6 +592,14 @@ class Loader(DataLoader[Any]):
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose order and augmentation of the next iterations, and how many batches they skip."""
         self.batch_sampler.epoch, self.batch_sampler.first_batch = epoch, first_batch
+
+    def read_again(self, number: int, *, of_all: bool = False) -> Batch:
+        """The batch of this number of the epoch, or that of all ranks: the same images.
+
+        They are read in this process.
+        """
+        dataset = self.batch_sampler.dataset
+        return collate([dataset[key] for key in self.batch_sampler.batch(number, of_all=of_all)])
 
     def set_image_weights(self, weights: np.ndarray | None) -> None:
         """Draw images in proportion to weights [N], from 0, with replacement; None: each once.

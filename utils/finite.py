@@ -10,12 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from utils import ranks
 from utils.dataset import Batch
 from utils.plots.figures import draw
 from utils.plots.images import plot_batch
 from utils.run_dir import write_text_atomic
-
-NAMED_FILES = 4  # of a batch, in a message
 
 
 class Reading(NamedTuple):
@@ -23,32 +22,36 @@ class Reading(NamedTuple):
 
     what: str
     value: Tensor
-    batch: Batch
     number: int  # of the batch within its epoch
 
 
 class NotFinite(FloatingPointError):
-    """A figure of a batch is not finite."""
+    """A figure of the batch of this number is not finite."""
 
-    def __init__(self, message: str, batch: Batch, number: int) -> None:
+    def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.batch, self.number = batch, number
+        self.number = number
 
 
 def check_finite(unread: list[Reading], epoch: int) -> None:
     """Stop at the first of these figures that is not finite, and forget them; waits for the device.
 
+    Of several processes all stop if one has such a figure, and say the same.
+
+    Args:
+        unread: in all processes of the same batches.
+        epoch: the current one.
+
     Raises:
         NotFinite: one is not. The network and its average are not to be saved.
     """
     values = torch.stack([reading.value for reading in unread]).tolist() if unread else []
-    for value, (what, _, batch, number) in zip(values, unread, strict=True):
-        if not math.isfinite(value):
-            files = ", ".join(Path(path).name for path in batch.paths[:NAMED_FILES])
-            more = ", ..." if len(batch.paths) > NAMED_FILES else ""
-            raise NotFinite(
-                f"{what} is {value} in epoch {epoch}, batch {number} ({files}{more})", batch, number
-            )
+    bad = next(((i, value) for i, value in enumerate(values) if not math.isfinite(value)), None)
+    if unread and ranks.is_true_anywhere(bad is not None, unread[0].value.device):
+        found = [one for one in ranks.share(bad) if one is not None]
+        index, value = min(found, key=lambda one: one[0])
+        what, _, number = unread[index]
+        raise NotFinite(f"{what} is {value} in epoch {epoch}, batch {number}", number)
     unread.clear()
 
 

@@ -190,6 +190,15 @@ def gather(value: T) -> list[T]:
     return values if is_first else [value]
 
 
+def share(value: T) -> list[T]:
+    """The values of all processes, in all of them."""
+    if not is_connected():
+        return [value]
+    values: list[Any] = [None] * devices.world_size()
+    distributed.all_gather_object(values, value, group=_Group.patient)
+    return values
+
+
 def add_up(tensor: Tensor) -> Tensor:
     """The sum over all processes; nothing waits for the device."""
     if is_connected():

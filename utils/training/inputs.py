@@ -136,8 +136,6 @@ def check_processes(options: argparse.Namespace, device: torch.device) -> None:
     check_share(options, count)
     if options.evolve:
         raise ValueError("--evolve works in one process, which starts trainings; see --device 0,1")
-    if options.on_nan == "recover":
-        raise ValueError("--on-nan recover works in one process only, not in several")
     if options.sync_bn and device.type != "cuda":
         raise ValueError(f"--sync-bn needs CUDA GPUs, not {device.type}; leave it out")
     if device.type == "cuda":

@@ -6,12 +6,19 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from utils import device as devices
 from utils import ranks
 from utils.checkpoint import load_checkpoint
 from utils.command import describe_os_error, is_gpu_out_of_memory
-from utils.finite import NotFinite, first_layer_not_finite, first_not_finite, save_for_a_look
+from utils.dataset import Batch, Loader
+from utils.finite import (
+    NotFinite,
+    first_layer_not_finite,
+    first_not_finite,
+    save_for_a_look,
+)
 from utils.training.rehearsal import advise_batch_size
 from utils.training.run import Run
 from utils.training.saving import restore_run
@@ -19,6 +26,7 @@ from utils.training.step import compute_loss, to_device
 
 LOGGER = logging.getLogger(__name__)
 
+NAMED_FILES = 4  # of a batch, in a message
 RECOVERY_FACTOR, LEAST_RECOVERY = 0.5, 0.5**5  # of the learning rate with --on-nan recover
 
 
@@ -46,43 +54,65 @@ def saying_how_to_go_on(run: Run) -> Iterator[None]:
 
 
 def check_weights(run: Run, epoch: int) -> None:
-    """Statistics of batch norms, and squares in the optimizer, can be spoilt by a finite loss."""
+    """Statistics of batch norms, and squares in the optimizer, can be spoilt by a finite loss.
+
+    Of several processes all stop if one finds such a value.
+    """
     kept = {
         f"{what} of {name}": value
         for name, parameter in run.model.named_parameters()
         for what, value in run.optimizer.state.get(parameter, {}).items()
     }
     states = (run.model.state_dict(), run.ema.model.state_dict(), kept)
-    name = next(filter(None, map(first_not_finite, states)), None)
+    own = next(filter(None, map(first_not_finite, states)), None)
+    name = next(filter(None, ranks.share(own)), None)
     if name is not None:
-        raise FloatingPointError(f"after epoch {epoch} the values of {name} are not all finite")
+        number = max(run.batches - 1, 0)
+        raise NotFinite(
+            f"after epoch {epoch} the values of {name} are not all finite, its last batch was "
+            f"{number}",
+            number,
+        )
 
 
-def explain_not_finite(run: Run, error: FloatingPointError, epoch: int) -> str:
-    """What is not finite and where it began; the batch is saved for a look."""
-    run.go_alone()
+def explain_not_finite(run: Run, loader: Loader, error: FloatingPointError, epoch: int) -> str:
+    """What is not finite and where it began; all processes look for it, and say the same."""
     reasons = [str(error)]
     if isinstance(error, NotFinite):
-        if devices.rank() == 0:
-            picture = save_for_a_look(run.dir, error.batch, epoch, error.number, run.names)
-            reasons.append(f"the batch is in {picture} and .txt")
-        images = to_device(run, error.batch, epoch, error.number)
-        layer = first_layer_not_finite(
-            run.model, lambda: compute_loss(run, images, error.batch.targets)
-        )
-        grads = {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}
-        gradient = first_not_finite(grads)
-        if layer is not None:
-            reasons.append(f"the first layer with such an output is {layer}")
-        elif gradient is not None:
-            reasons.append(f"the first such gradient is that of {gradient}")
+        number = error.number
+        files, *rest = ranks.from_first(lambda: keep_for_a_look(run, loader, epoch, number))
+        origins = ranks.share(find_origin(run, loader.read_again(number), epoch, number))
+        origin = next(filter(None, origins), None)
+        reasons = [f"{error} ({files})", *rest, *([origin] if origin else [])]
     if run.penalty is not None:
         reasons.append(run.penalty.describe_largest_gamma(epoch))
     return "; ".join(reasons)
 
 
+def keep_for_a_look(run: Run, loader: Loader, epoch: int, number: int) -> list[str]:
+    """Save the batch of all processes; says which files it has, where it is, and what is odd."""
+    batch = loader.read_again(number, of_all=True)
+    picture = save_for_a_look(run.dir, batch, epoch, number, run.names)
+    names = [Path(path).name for path in batch.paths]
+    files = ", ".join(names[:NAMED_FILES] + ["..."] * (len(names) > NAMED_FILES))
+    return [files, f"the batch is in {picture} and .txt"]
+
+
+def find_origin(run: Run, batch: Batch, epoch: int, number: int) -> str | None:
+    """Where the first number is that is not finite, with the part of the batch of this process."""
+    images = to_device(run, batch, epoch, number)
+    layer = first_layer_not_finite(run.model, lambda: compute_loss(run, images, batch.targets))
+    if layer is not None:
+        return f"the first layer with such an output is {layer}"
+    grads = {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}
+    gradient = first_not_finite(grads)
+    return None if gradient is None else f"the first such gradient is that of {gradient}"
+
+
 def go_back(run: Run, trouble: str) -> None:
     """Return to what was saved last, with a lower learning rate, or end where that is not wanted.
+
+    Of several processes all do the same: all of them have stopped at the same batch.
 
     Raises:
         FloatingPointError: `--on-nan stop`, or the rate has been lowered as often as makes sense.
@@ -95,13 +125,14 @@ def go_back(run: Run, trouble: str) -> None:
             "halves the learning rate when this comes again; or "
         )
         remedy = "lower lr0 in the hyperparameters or --sparsity_rate, or try --amp off"
-        raise FloatingPointError(f"{trouble}; {again if last.is_file() else ''}{remedy}")
+        is_saved = ranks.from_first(last.is_file)
+        raise FloatingPointError(f"{trouble}; {again if is_saved else ''}{remedy}")
     if factor < LEAST_RECOVERY:
         raise FloatingPointError(
             f"{trouble}; with a learning rate {1 / run.schedule.factor:.0f} times lower this still "
             "happens, so something else is wrong: look at the batch, or try --amp off"
         )
-    restore_run(run, load_checkpoint(last)["training"])
+    restore_run(run, ranks.from_first(lambda: load_checkpoint(last)["training"]))
     run.optimizer.zero_grad(set_to_none=True)
     run.schedule = dataclasses.replace(run.schedule, factor=factor)
     LOGGER.warning(
