@@ -10,6 +10,7 @@ from utils.dataset import Batch
 from utils.finite import (
     NotFinite,
     Reading,
+    are_of_one_colour,
     check_finite,
     first_layer_not_finite,
     first_not_finite,
@@ -51,6 +52,14 @@ def test_the_first_layer_is_named_and_no_hook_is_left():
     network[1][0].weight.data[0, 0] = math.nan
     assert first_layer_not_finite(network, lambda: network(x)) == "1.0"
     assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_images_of_one_colour_are_known():
+    images = IMAGES.clone()
+    images[1, 2] = 200
+    assert are_of_one_colour(images)
+    images[4, 0, 31, 31] = 1
+    assert not are_of_one_colour(images)
 
 
 def test_the_batch_is_saved_for_a_look(tmp_path):

@@ -16,6 +16,8 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -1696,6 +1698,33 @@ def test_bad_gradient_stops_before_the_step(base, monkeypatch):
     ):
         train.main([*base, "--epochs", "1", "--amp", "off"])
     torch.testing.assert_close(kept["run"].model.model[0].conv.weight, kept["weight"])
+
+
+@pytest.mark.parametrize("is_black", [True, False])
+def test_gradients_of_black_images_are_explained(base, tiny_dataset, monkeypatch, is_black):
+    """Batch norms multiply them, here, as there are few, by more than they do else."""
+
+    def build_and_steepen(*args):
+        model = build_network(*args)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eps = 1e-12
+        return model
+
+    def spoil(run):
+        if not is_black:
+            run.model.model[0].conv.weight.grad[0] = float("nan")
+        return clip_gradients(run)
+
+    build_network = train.build_network
+    monkeypatch.setattr(train, "build_network", build_and_steepen)
+    monkeypatch.setattr(train, "clip_gradients", spoil)
+    if is_black:
+        for path in tiny_dataset.images.iterdir():
+            assert cv2.imwrite(str(path), np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(FloatingPointError, match=r"a gradient is (nan|inf)") as caught:
+        train.main([*base, "--epochs", "1", "--amp", "off"])
+    assert ("each of its images is of one colour" in str(caught.value)) == is_black
 
 
 def test_penalty_keeps_its_strength_beside_large_gradients(tiny_spec):

@@ -91,6 +91,16 @@ def first_layer_not_finite(network: nn.Module, forward: Callable[[], object]) ->
     return found[0] if found else None
 
 
+def are_of_one_colour(images: Tensor) -> bool:
+    """Whether each of the images [B, 3, H, W] is.
+
+    Batch norms of a fresh network then divide by the root of their eps alone, as all that they see
+    is 0. So gradients grow 32-fold in each layer, and beyond all numbers in some 30 of them.
+    """
+    pixels = images.flatten(2)
+    return bool((pixels == pixels[..., :1]).all())
+
+
 def save_for_a_look(
     run_dir: Path, batch: Batch, epoch: int, number: int, names: tuple[str, ...]
 ) -> Path:

@@ -15,6 +15,7 @@ from utils.command import describe_os_error, is_gpu_out_of_memory
 from utils.dataset import Batch, Loader
 from utils.finite import (
     NotFinite,
+    are_of_one_colour,
     first_layer_not_finite,
     first_not_finite,
     save_for_a_look,
@@ -95,7 +96,13 @@ def keep_for_a_look(run: Run, loader: Loader, epoch: int, number: int) -> list[s
     picture = save_for_a_look(run.dir, batch, epoch, number, run.names)
     names = [Path(path).name for path in batch.paths]
     files = ", ".join(names[:NAMED_FILES] + ["..."] * (len(names) > NAMED_FILES))
-    return [files, f"the batch is in {picture} and .txt"]
+    said = [files, f"the batch is in {picture} and .txt"]
+    if are_of_one_colour(batch.images):
+        said.append(
+            "each of its images is of one colour, of which a fresh network can learn nothing: "
+            "take such images out, raise --batch-size, or start from --weights"
+        )
+    return said
 
 
 def find_origin(run: Run, batch: Batch, epoch: int, number: int) -> str | None:
