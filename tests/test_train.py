@@ -1426,6 +1426,35 @@ def test_spoilt_statistics_are_not_saved(base, tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["training"]["epoch"] == -1
 
 
+@pytest.fixture
+def run_away(monkeypatch):
+    """Let the second epoch have a loss that is finite, but far too large."""
+    compute_loss, calls = train.compute_loss, []
+
+    def compute(run, *args, **rest):
+        loss, parts = compute_loss(run, *args, **rest)
+        calls.append(loss)
+        return loss, parts * 1e5 if len(calls) in (3, 4) else parts
+
+    monkeypatch.setattr(train, "compute_loss", compute)
+
+
+def test_a_loss_that_has_run_away_ends_the_run(base, tmp_path, run_away):
+    """Before it is saved: what is resumed is the good state."""
+    words = r"the mean loss of epoch 1 is \d.*: it has run away; python train.py .* or lower lr0 in"
+    with pytest.raises(FloatingPointError, match=words):
+        train.main([*base, "--epochs", "3"])
+    assert load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["training"]["epoch"] == 0
+
+
+def test_a_loss_that_has_run_away_is_recovered_from(base, tmp_path, run_away, caplog):
+    train.main([*base, "--epochs", "3", "--on-nan", "recover"])
+    assert "it has run away; back to epoch 1, batch 0, with the learning rate" in caplog.text
+    rows = results_of(tmp_path / "runs/exp")
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert all(float(row["train/obj_loss"]) < 10 for row in rows)
+
+
 def test_an_optimizer_that_is_spoilt_alone_is_recovered_from(base, tmp_path, monkeypatch, caplog):
     """A square that overflows leaves the weights as they are: the step divides by it."""
     original, calls = train.optimizer_step, []

@@ -98,8 +98,8 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--on-nan",
         choices=ON_NAN,
         default="stop",
-        help="when a loss or gradient is not finite: stop, or recover, which goes back to the last "
-        "checkpoint and on with half the learning rate; default: %(default)s",
+        help="when a loss runs away or is not finite: stop, or recover, which goes back to the "
+        "last checkpoint and on with half the learning rate; default: %(default)s",
     )
     group.add_argument(
         "--seed",

@@ -28,6 +28,8 @@ from utils.training.step import compute_loss, to_device
 LOGGER = logging.getLogger(__name__)
 
 NAMED_FILES = 4  # of a batch, in a message
+# Mean loss without its gains. A cross entropy of so much is of logits as large, which are 5 to 20.
+FAR_TOO_LARGE = 1000.0
 RECOVERY_FACTOR, LEAST_RECOVERY = 0.5, 0.5**5  # of the learning rate with --on-nan recover
 
 
@@ -74,6 +76,20 @@ def check_weights(run: Run, epoch: int) -> None:
             f"{number}",
             number,
         )
+    check_loss(run, epoch)
+
+
+def check_loss(run: Run, epoch: int) -> None:
+    """Stop where the mean loss of the epoch so far is beyond all measure: weights follow it.
+
+    Raises:
+        FloatingPointError: it is; what was saved last is better than this.
+    """
+    mean = ranks.add_up(run.loss_sums).sum().item() / max(run.batches, 1)
+    gains = run.loss.settings
+    obj, cls = gains.obj * max(gains.obj_pw, 1), gains.cls * max(gains.cls_pw, 1)
+    if mean > FAR_TOO_LARGE * (gains.box + obj + cls):
+        raise FloatingPointError(f"the mean loss of epoch {epoch} is {mean:.2g}: it has run away")
 
 
 def explain_not_finite(run: Run, loader: Loader, error: FloatingPointError, epoch: int) -> str:
