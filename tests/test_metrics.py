@@ -175,6 +175,31 @@ def test_order_of_detections_does_not_matter():
     np.testing.assert_array_equal(a.f1_curve, b.f1_curve)
 
 
+def test_equal_confidences_have_no_order():
+    rng = np.random.default_rng(3)
+    correct, conf = rng.random((300, 10)) < 0.4, rng.choice([0.1, 0.5, 0.7], 300)
+    cls, target_cls = rng.integers(0, 3, 300), rng.integers(0, 3, 200)
+    first = average_precision_per_class(correct, conf, cls, target_cls)
+    for _ in range(5):
+        new = rng.permutation(300)
+        other = average_precision_per_class(correct[new], conf[new], cls[new], target_cls)
+        for name, expected in vars(first).items():
+            np.testing.assert_array_equal(getattr(other, name), expected, err_msg=name)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 20])
+def test_equal_confidences_count_as_in_an_order_by_chance(levels):
+    rng = np.random.default_rng(4)
+    conf = rng.integers(0, levels, 2000) / levels
+    correct = rng.random(2000) < 0.1 + 0.3 * conf
+    by_chance = [ap_of(correct, conf + rng.random(2000) / 1e6, 400).ap[0, 0] for _ in range(50)]
+    assert max(by_chance) > min(by_chance) + 0.005
+    expected = np.mean(by_chance)
+    assert ap_of(correct, conf, 400).ap[0, 0] == pytest.approx(
+        expected, abs=0.02 * expected + 0.004
+    )
+
+
 def test_equals_facts(shared_dir):
     facts = json.loads((shared_dir / "facts/average_precision.json").read_text())
     result = average_precision_per_class(

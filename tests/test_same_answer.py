@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -162,6 +163,54 @@ def test_map_does_not_depend_on_batch_size_or_workers(validate):
         results = validate("--square", "--batch-size", *flags)
         for name in ("map50", "map50_95", "precision", "recall"):
             assert results[name] == pytest.approx(expected[name], abs=1e-6), (flags, name)
+
+
+@pytest.fixture
+def orders(tiny_dataset):
+    """Data yamls of the same images, in several orders.
+
+    Each picture is there four times, with other labels each time: detections of the same
+    confidence, of which only some are right.
+    """
+    paths = []
+    for picture in sorted(tiny_dataset.images.glob("[abc].*")):
+        label = (tiny_dataset.labels / picture.name).with_suffix(".txt")
+        lines = label.read_text("utf-8").splitlines()
+        for number in range(4):
+            twin = picture.with_stem(f"{picture.stem}{number}")
+            shutil.copy(picture, twin)
+            kept = [line for bit, line in enumerate(lines) if number >> bit & 1]
+            label.with_stem(twin.stem).write_text("\n".join(kept), encoding="utf-8")
+            paths.append(str(twin))
+    yamls = []
+    for listed in (paths, paths[::-1], paths[5:] + paths[:5]):
+        listing = tiny_dataset.root / f"order{len(yamls)}.txt"
+        listing.write_text("\n".join(listed), encoding="utf-8")
+        data = {"train": listing.name, "val": listing.name, "names": list(tiny_dataset.names)}
+        yamls.append(listing.with_suffix(".yaml"))
+        yamls[-1].write_text(yaml.safe_dump(data), encoding="utf-8")
+    return yamls
+
+
+def test_map_does_not_depend_on_the_order_of_the_images(validate, orders):
+    """Nor on what else could change it."""
+    plain = ("--square", "--data", str(orders[0]))
+    expected = validate(*plain, "--batch-size", "7")
+    assert expected["map50"] > 0.001
+    threads = torch.get_num_threads()
+    for number, flags in (
+        (2, ("7", "--data", str(orders[1]))),
+        (2, ("7", "--data", str(orders[2]))),
+        (1, ("7",)),
+        (1, ("1", "--data", str(orders[1]))),
+        (2, ("32",)),
+        (1, ("32", "--workers", "2", "--data", str(orders[1]))),
+    ):
+        torch.set_num_threads(number)
+        results = validate(*plain, "--batch-size", *flags)
+        torch.set_num_threads(threads)
+        for name in ("map50", "map50_95", "precision", "recall"):
+            assert results[name] == pytest.approx(expected[name], abs=1e-6), (number, flags, name)
 
 
 def test_a_validation_does_not_depend_on_those_before(validate):

@@ -126,7 +126,7 @@ def average_precision_per_class(
 
     Args:
         correct: bool [M, I], detection m is right at IoU threshold i.
-        conf: [M].
+        conf: [M]. Those that are equal have no order, see `_count_right`.
         pred_cls: [M].
         target_cls: [T], one entry per label; only classes found here are reported.
 
@@ -146,7 +146,7 @@ def average_precision_per_class(
         of_class = pred_cls == cls
         if not of_class.any():
             continue  # never detected: all of its figures are 0, precision too
-        true_positives = correct[of_class].cumsum(0)  # [m, I]
+        true_positives = _count_right(correct[of_class], conf[of_class])
         recall = true_positives / (num + _EPS)
         precision = true_positives / np.arange(1, len(true_positives) + 1)[:, None]
         # np.interp wants rising x: confidences fall, so both are negated. Above the highest
@@ -176,6 +176,26 @@ def average_precision_per_class(
         recalls=grid,
         precision_at_recall=precision_at_recall,
     )
+
+
+def _count_right(correct: np.ndarray, falling_conf: np.ndarray) -> np.ndarray:
+    """How many detections down to each one are right, [m, I]; m is at least 1.
+
+    Detections of the same confidence get equal shares of what they have right together, so that
+    nothing depends on the order of the images. Each of them counts on its own: taken as one step,
+    a network that is equally sure of everything would get a straight line down from precision 1.
+    """
+    counts = correct.cumsum(0)
+    starts = np.flatnonzero(np.append(True, falling_conf[1:] != falling_conf[:-1]))
+    sizes = np.diff(starts, append=len(counts))
+    tied = np.flatnonzero(np.repeat(sizes, sizes) > 1)
+    if not len(tied):
+        return counts
+    start, size = np.repeat(starts, sizes)[tied], np.repeat(sizes, sizes)[tied]
+    before, end = counts[start] - correct[start], counts[start + size - 1]
+    counts = counts.astype(np.float64)
+    counts[tied] = before + (end - before) * ((tied - start + 1) / size)[:, None]
+    return counts
 
 
 def _average_precision(
