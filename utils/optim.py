@@ -172,7 +172,8 @@ class ModelEma(Generic[M]):
         self._source: nn.Module | None = None  # whose tensors are paired with the own ones below
         self._averaged: list[Tensor] = []
         self._latest: list[Tensor] = []
-        self._counts: list[tuple[Tensor, Tensor]] = []  # whole numbers are taken over
+        self._counts: list[Tensor] = []  # whole numbers are taken over
+        self._latest_counts: list[Tensor] = []
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -182,8 +183,8 @@ class ModelEma(Generic[M]):
         if self._source is not model:
             self._pair_tensors(model)
         torch._foreach_lerp_(self._averaged, self._latest, share)
-        for mine, theirs in self._counts:
-            mine.copy_(theirs)
+        if self._counts:
+            torch._foreach_copy_(self._counts, self._latest_counts)
 
     def _pair_tensors(self, model: nn.Module) -> None:
         """Find what belongs together, once: walking through the modules is the slower part.
@@ -198,7 +199,8 @@ class ModelEma(Generic[M]):
         pairs = [(mine[name], theirs[name]) for name in model.state_dict()]
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self._averaged, self._latest = (list(column) for column in zip(*floats, strict=True))
-        self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+        counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._counts, self._latest_counts = [a for a, _ in counts], [b for _, b in counts]
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and number of updates."""
