@@ -103,6 +103,8 @@ def run_training(
     precision = devices.select_precision(options.amp, device)
     devices.seed_everything(options.seed + devices.rank())
     devices.forbid_chance(device, options.deterministic)
+    if device.type == "cpu":
+        heap.keep_large_blocks()
     inputs = ranks.from_first(lambda: find_inputs(options, resumed))
     model = build_network(inputs, options)
     teacher, best_of_teacher = load_teacher(inputs, options, model)

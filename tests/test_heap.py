@@ -44,6 +44,30 @@ def test_free_memory_goes_back():
     assert max(grown["trim"], grown["give_large_blocks_back"]) < 40, grown
 
 
+TOUCH_AGAIN = """
+import resource, sys
+from utils import heap
+
+if sys.argv[1] == "keep_large_blocks":
+    heap.keep_large_blocks()
+for _ in range(12):
+    blocks = [b"1" * 2**23 for _ in range(4)]
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what malloc of Linux does")
+def test_kept_blocks_are_used_again():
+    faults = {}
+    for what in ("nothing", "keep_large_blocks"):
+        done = subprocess.run(
+            [sys.executable, "-c", TOUCH_AGAIN, what], capture_output=True, text=True, check=True
+        )
+        faults[what] = int(done.stdout)
+    assert faults["nothing"] - faults["keep_large_blocks"] > 50_000, faults  # of 98,304 pages
+
+
 def test_cycles_are_found_soon(monkeypatch):
     """Without, the collector waits until there are a quarter more objects than there were."""
     monkeypatch.setattr(heap, "gc", gc)  # not that of the other tests

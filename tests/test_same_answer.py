@@ -130,6 +130,7 @@ def test_where_chance_is_forbidden(monkeypatch, device, on_gpu, expected):
     devices.forbid_chance(torch.device(device), on_gpu)
     assert torch.are_deterministic_algorithms_enabled() == expected
     assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == on_gpu
+    assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
 # ---------------------------------------------------------------------------------- validation
