@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from utils.boxes import xyxy_from_cxcywh
+
+# From here on, looking at each group by itself takes less time than comparing all boxes.
+MANY_BOXES, MANY_BOXES_ON_GPU = 1000, 25_000
 
 
 def non_max_suppression(
@@ -96,12 +103,32 @@ def _suppress(boxes_xyxy: Tensor, conf: Tensor, groups: Tensor, iou_thres: float
     """Indices of the kept boxes, the most confident first; groups do not suppress each other."""
     if not len(boxes_xyxy):
         return groups.new_zeros(0)
-    # Takes more than a second, and not every command that can evaluate a network does.
-    from torchvision.ops import batched_nms
+    nms, boxes_xyxy = load_nms(), boxes_xyxy - boxes_xyxy.min()
+    if len(boxes_xyxy) <= (MANY_BOXES if boxes_xyxy.device.type == "cpu" else MANY_BOXES_ON_GPU):
+        # Groups lie side by side, too far apart to overlap.
+        return nms(boxes_xyxy + (groups * (boxes_xyxy.max() + 1))[:, None], conf, iou_thres)
+    kept = []
+    for group in groups.unique():
+        (members,) = torch.where(groups == group)
+        kept.append(members[nms(boxes_xyxy[members], conf[members], iou_thres)])
+    keep_idx = torch.cat(kept)
+    return keep_idx[conf[keep_idx].argsort(descending=True)]
 
-    # torchvision may lay the groups side by side by adding a multiple of the largest coordinate,
-    # which separates them only where no coordinate is negative.
-    return batched_nms(boxes_xyxy - boxes_xyxy.min(), conf, groups, iou_thres)
+
+@functools.cache
+def load_nms() -> Callable[[Tensor, Tensor, float], Tensor]:
+    """The operator of torchvision, from its library alone.
+
+    Importing torchvision takes a second or two, for data sets and networks that nobody here uses.
+    """
+    package = importlib.util.find_spec("torchvision")
+    if package is not None and package.origin and not hasattr(torch.ops.torchvision, "nms"):
+        for library in Path(package.origin).parent.glob("_C*.*"):
+            with suppress(OSError):
+                torch.ops.load_library(library)
+    if not hasattr(torch.ops.torchvision, "nms"):  # another version keeps it elsewhere
+        import torchvision.ops  # noqa: F401
+    return torch.ops.torchvision.nms
 
 
 def split_detections(
