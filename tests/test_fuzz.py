@@ -478,6 +478,8 @@ def test_openvino_descriptions(tiny_spec, tmp_path):
         path.write_bytes(with_swaps(whole, values) if are_values else mutated(whole, changes))
         is_told("OpenVINO", read, path)
 
+    check()
+
 
 # ----------------------------------------------------------------------------- runs to be resumed
 ODD_VALUES = st.one_of(
