@@ -71,14 +71,8 @@ NOT_RUN = {
 
 
 SLURM_FLAGS = {
-    *(
-        "--nodes",
-        "--ntasks-per-node",
-        "--gpus-per-node",
-        "--cpus-per-task",
-        "--requeue",
-        "--signal",
-    ),
+    *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--mem"),
+    *("--requeue", "--open-mode", "--signal"),
 }
 PYTEST_FLAGS = {"--dist", "--pdb"}
 
