@@ -5,14 +5,20 @@ weight average as the tutorials have them. It trains and validates the same netw
 targets with the same loss as the product, so the time is the only difference. What the default
 hyperparameters switch off is left out: shear, perspective, up-down flip, mixup, copy-paste, focal
 loss, weights of positives. It must not change with the product: where that gets faster, this stays.
+
+    python -m benchmarks.plain --data bccd.yaml --weights best.pt --img 640 --out runs/plain
+
+validates as a command: it loads, detects in every image of the split `val`, prints mAP and draws.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -26,11 +32,18 @@ from tqdm import tqdm
 
 from models import Model
 from utils.boxes import Letterbox, box_iou, paired_iou, to_original, xyxy_from_cxcywh
-from utils.config import Hyperparameters
+from utils.checkpoint import load_detector
+from utils.command import run_command
+from utils.config import Hyperparameters, load_dataset_spec
 from utils.loss import LEVEL_BALANCE, LEVEL_BALANCE_OTHER, LossSettings
-from utils.metrics import IOU_THRESHOLDS, average_precision_per_class
+from utils.metrics import (
+    IOU_THRESHOLDS,
+    ApResult,
+    ConfusionMatrix,
+    average_precision_per_class,
+)
 from utils.optim import group_parameters
-from utils.scan import Split
+from utils.scan import Split, scan_split
 
 GREY = (114, 114, 114)
 WARMUP_STEPS = 100
@@ -38,6 +51,8 @@ EMA_DECAY, EMA_TAU = 0.9999, 2000
 MAX_CANDIDATES = 30_000
 CLASS_OFFSET = 10_000.0  # px, further than any image reaches
 PAD = 0.5  # of rectangular evaluation batches, in strides
+NUM_PICTURES, NUM_TILES, TILE_WH = 3, 16, (480, 480)  # of a validation; of a picture
+DRAWN_CONF = 0.25
 
 
 # ------------------------------------------------------------------------------------------ loader
@@ -59,8 +74,11 @@ class PlainDataset(Dataset[tuple[np.ndarray, np.ndarray, Letterbox]]):
         hyp: Hyperparameters | None = None,
         batch_size: int = 16,
         stride: int = 32,
+        cache: bool = False,
     ) -> None:
+        """With `cache` all images are decoded and scaled now, and kept in memory."""
         self.split, self.imgsz, self.hyp = split, imgsz, hyp
+        self.images = [self._read(index) for index in range(len(split))] if cache else None
         self.order = np.arange(len(split))
         self.shapes_hw = np.full((len(split), 2), imgsz)
         if hyp is None:
@@ -93,8 +111,8 @@ class PlainDataset(Dataset[tuple[np.ndarray, np.ndarray, Letterbox]]):
         rgb = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1))
         return rgb, rows, place
 
-    def _load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image with a long side of `imgsz`, labels [n, 5] (class, xyxy) in its pixels."""
+    def _read(self, index: int) -> np.ndarray:
+        """Image with a long side of `imgsz`."""
         image = cv2.imread(self.split.paths[index])
         height, width = image.shape[:2]
         ratio = self.imgsz / max(height, width)
@@ -103,6 +121,11 @@ class PlainDataset(Dataset[tuple[np.ndarray, np.ndarray, Letterbox]]):
             method = cv2.INTER_AREA if average else cv2.INTER_LINEAR
             size_wh = (round(width * ratio), round(height * ratio))
             image = cv2.resize(image, size_wh, interpolation=method)
+        return image
+
+    def _load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image with a long side of `imgsz`, labels [n, 5] (class, xyxy) in its pixels."""
+        image = self._read(index) if self.images is None else self.images[index]
         height, width = image.shape[:2]
         labels = self.split.labels[index].copy()
         labels[:, 1:] = xyxy_from_cxcywh(labels[:, 1:]) * (width, height, width, height)
@@ -338,34 +361,89 @@ class Score(NamedTuple):
     map50_95: float
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Validate as a command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="data set yaml; its split val is taken")
+    parser.add_argument("--weights", required=True, help="checkpoint")
+    parser.add_argument("--img", type=int, default=640, help="pixels")
+    parser.add_argument("--batch", type=int, default=32, help="images")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes")
+    parser.add_argument("--device", default="cpu", help="as torch names it")
+    parser.add_argument("--out", required=True, help="folder of the pictures")
+    options = parser.parse_args(argv)
+    device, folder = torch.device(options.device), Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = load_dataset_spec(options.data, Path.cwd())
+    model = load_detector(Path(options.weights), device).model
+    split = scan_split(data.val, data.names)
+    dataset = PlainDataset(split, options.img, None, options.batch, model.max_stride)
+    loader = build_loader(dataset, options.batch, options.workers)
+    pictures = iter(range(NUM_PICTURES))
+
+    def draw(batch: PlainBatch, found: Sequence[np.ndarray]) -> None:
+        number = next(pictures, None)
+        if number is not None:
+            draw_batch(batch, found, data.names, folder / f"batch{number}.jpg")
+
+    ap, confusion = detect_and_match(model, loader, device, data.num_classes, on_batch=draw)
+    names = [data.names[cls] for cls in ap.classes]
+    draw_curves(ap, names, folder)
+    draw_confusion(confusion.matrix, [*data.names, "background"], folder / "confusion.png")
+    print(f"mAP@.5 {ap.ap50.mean():.4f}, mAP@.5:.95 {ap.ap50_95.mean():.4f}")
+
+
+def evaluate(model: nn.Module, loader: Iterable[PlainBatch], device: torch.device) -> Score:
+    """Detect in every image and compare with the labels, image by image."""
+    ap, _ = detect_and_match(model, loader, device)
+    return Score(float(ap.ap50.mean()), float(ap.ap50_95.mean()))
+
+
 @torch.no_grad()
-def evaluate(
+def detect_and_match(
     model: nn.Module,
     loader: Iterable[PlainBatch],
     device: torch.device,
+    num_classes: int = 0,
     conf_thres: float = 0.001,
     iou_thres: float = 0.6,
     max_det: int = 300,
-) -> Score:
-    """Detect in every image and compare with the labels, image by image."""
+    on_batch: Callable[[PlainBatch, Sequence[np.ndarray]], None] | None = None,
+) -> tuple[ApResult, ConfusionMatrix]:
+    """Average precision, and which classes are taken for which where their number is given.
+
+    `on_batch` is called with each batch and its detections [M, 6], in pixels of the batch.
+    """
     model.eval()
+    confusion = ConfusionMatrix(num_classes)
     correct, conf, pred_cls, label_cls = [], [], [], []
-    for images, targets, letterboxes in tqdm(loader, desc="plain"):
-        predictions, _ = model(images.to(device).float() / 255)
-        height, width = images.shape[2:]
-        for number, place in enumerate(letterboxes):
+    for batch in tqdm(loader, desc="plain"):
+        predictions, _ = model(batch.images.to(device).float() / 255)
+        height, width = batch.images.shape[2:]
+        detections = []
+        for number, place in enumerate(batch.letterboxes):
             rows = suppress(predictions[number], conf_thres, iou_thres)[:max_det].cpu()
             found = to_original(rows[:, :4], place).double().numpy()
-            labels = targets[targets[:, 0] == number].double().numpy()
+            labels = batch.targets[batch.targets[:, 0] == number].double().numpy()
             boxes = xyxy_from_cxcywh(labels[:, 2:]) * (width, height, width, height)
+            boxes = to_original(boxes, place)
             classes = rows[:, 5].numpy()
-            iou = box_iou(to_original(boxes, place), found)
-            correct.append(match(np.where(labels[:, 1:2] == classes, iou, 0)))
+            correct.append(match(np.where(labels[:, 1:2] == classes, box_iou(boxes, found), 0)))
             conf.append(rows[:, 4].numpy())
             pred_cls.append(classes)
             label_cls.append(labels[:, 1])
+            detections.append(rows.numpy())
+            if num_classes:
+                confusion.update(
+                    np.concatenate([found, rows[:, 4:].numpy()], 1),
+                    np.concatenate([labels[:, 1:2], boxes], 1),
+                )
+        if on_batch is not None:
+            on_batch(batch, detections)
     ap = average_precision_per_class(*map(np.concatenate, (correct, conf, pred_cls, label_cls)))
-    return Score(float(ap.ap50.mean()), float(ap.ap50_95.mean()))
+    return ap, confusion
 
 
 def suppress(predictions: Tensor, conf_thres: float, iou_thres: float) -> Tensor:
@@ -395,3 +473,69 @@ def match(iou: np.ndarray) -> np.ndarray:
                 correct[detection, column] = True
                 free[label] = False
     return correct
+
+
+def draw_batch(
+    batch: PlainBatch, detections: Sequence[np.ndarray], names: Sequence[str], out: Path
+) -> None:
+    """The first images of a batch twice: with their labels, and with what was found."""
+    height, width = batch.images.shape[2:]
+    rows = batch.targets.numpy()
+    boxes = xyxy_from_cxcywh(rows[:, 2:]) * (width, height, width, height)
+    labels = [
+        np.concatenate([boxes[mine], np.ones((mine.sum(), 1)), rows[mine, 1:2]], 1)
+        for mine in (rows[:, 0] == number for number in range(len(batch.images)))
+    ]
+    for kind, per_image in (("labels", labels), ("found", detections)):
+        tiles = []
+        for pixels, found in zip(batch.images[:NUM_TILES], per_image, strict=False):
+            tile = np.ascontiguousarray(pixels.numpy().transpose(1, 2, 0)[:, :, ::-1])
+            for x1, y1, x2, y2, conf, cls in found[found[:, 4] >= DRAWN_CONF].tolist():
+                corner = (round(x1), round(y1))
+                cv2.rectangle(tile, corner, (round(x2), round(y2)), (0, 0, 255), 2)
+                text = f"{names[int(cls)]} {conf:.1f}"
+                cv2.putText(tile, text, corner, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 255))
+            tiles.append(cv2.resize(tile, TILE_WH))
+        columns = math.ceil(math.sqrt(len(tiles)))
+        tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
+        strips = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
+        cv2.imwrite(str(out.with_stem(f"{out.stem}_{kind}")), np.vstack(strips))
+
+
+def draw_curves(ap: ApResult, names: Sequence[str], folder: Path) -> None:
+    """Precision over recall, and precision, recall and F1 over confidence."""
+    from matplotlib import pyplot as plt
+
+    for name, x, curves in (
+        ("PR", ap.recalls, ap.precision_at_recall),
+        ("P", ap.confidences, ap.precision_curve),
+        ("R", ap.confidences, ap.recall_curve),
+        ("F1", ap.confidences, ap.f1_curve),
+    ):
+        figure, axis = plt.subplots(figsize=(8.5, 5.6), tight_layout=True)
+        for label, curve in zip(names, curves, strict=True):
+            axis.plot(x, curve, label=label)
+        axis.plot(x, curves.mean(0), linewidth=3, label="all classes")
+        axis.set(title=name, xlim=(0, 1), ylim=(0, 1))
+        axis.legend()
+        figure.savefig(folder / f"{name}_curve.png", dpi=110)
+        plt.close(figure)
+
+
+def draw_confusion(matrix: np.ndarray, names: Sequence[str], out: Path) -> None:
+    """Shares of each labelled class."""
+    from matplotlib import pyplot as plt
+
+    shares = matrix / np.maximum(matrix.sum(0), 1)
+    figure, axis = plt.subplots(figsize=(8, 6.7), tight_layout=True)
+    figure.colorbar(axis.imshow(shares, cmap="Blues", vmin=0, vmax=1))
+    for (row, column), share in np.ndenumerate(shares):
+        axis.text(column, row, f"{share:.2f}", ha="center", va="center")
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), names)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run_command(main)

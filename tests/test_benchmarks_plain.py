@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import json
 import random
 
 import cv2
@@ -8,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+import val
 from benchmarks import plain
 from models import Model, ModelSpec
+from utils.checkpoint import build_checkpoint, save_checkpoint
 from utils.config import load_hyperparameters
 from utils.dataset import DetectionDataset, build_loader, scan_split
 from utils.evaluate import evaluate
@@ -198,3 +201,31 @@ def test_plain_training_learns_and_averages_as_ours(tiny_spec, hyp, optimizer):
     for name, value in average.model.state_dict().items():
         if value.is_floating_point():
             torch.testing.assert_close(training.average.state_dict()[name], value)
+
+
+def test_images_in_memory_are_the_same(tiny_split, hyp):
+    for kind in (None, hyp):
+        read, kept = (plain.PlainDataset(tiny_split, 64, kind, cache=cache) for cache in (0, 1))
+        for index in range(len(read)):
+            random.seed(index)
+            expected = read[index]
+            random.seed(index)
+            assert all(map(np.array_equal, kept[index], expected))
+
+
+def test_validation_as_a_command(tiny_spec, tiny_dataset, tmp_path, capsys):
+    """It finds what val.py finds, and draws."""
+    weights = tmp_path / "weights.pt"
+    torch.manual_seed(0)
+    model = Model(ModelSpec.from_dict(tiny_spec))
+    save_checkpoint(weights, build_checkpoint(model, tiny_dataset.names))
+    flags = ["--data", str(tiny_dataset.yaml), "--weights", str(weights)]
+    plain.main([*flags, "--img", "64", "--workers", "0", "--out", str(tmp_path / "plain")])
+    loop = ["--img", "64", "--device", "cpu", "--noplots", "--project", str(tmp_path)]
+    val.main([*flags, *loop, "--name", "ours"])
+    score = json.loads((tmp_path / "ours/results.json").read_text())
+    line = f"mAP@.5 {score['map50']:.4f}, mAP@.5:.95 {score['map50_95']:.4f}"
+    assert line in capsys.readouterr().out
+    pictures = sorted((tmp_path / "plain").iterdir())
+    assert len(pictures) == 7
+    assert all(cv2.imread(str(picture)).std() > 0 for picture in pictures)

@@ -138,7 +138,7 @@ def test_scripts_do_not_know_each_other(source):
 @pytest.mark.parametrize(
     ("module", "owners"),
     [
-        ("matplotlib", set(_package_files("utils/plots"))),
+        ("matplotlib", {*_package_files("utils/plots"), "benchmarks/plain.py"}),
         ("thop", {"utils/profile.py"}),
         ("seaborn", set()),
         ("pandas", set()),
