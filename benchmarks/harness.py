@@ -3,9 +3,11 @@
 On a machine that does something else beside, single runs differ by more than what is to be shown.
 So the variants take turns, every round gives its own ratio, and the median ratio counts.
 
-    python -m benchmarks.harness MODULE:FUNCTION JSON
+    python -m benchmarks.harness peak MODULE:FUNCTION JSON
+    python -m benchmarks.harness serve MODULE:FUNCTION JSON
 
-runs one function in this process and prints its peak memory; `measure_peak` starts it.
+runs one function and prints its peak memory; or calls what the function gives, once for each line
+that it reads, and prints the seconds. `measure_peak` and `Remote` start these processes.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
-import torchvision
 
 from utils.config import DatasetSpec
 from utils.device import describe_device, select_precision
@@ -88,11 +90,21 @@ def use_one_core() -> None:
     set_threads(1)
 
 
-def report(title: str, device: torch.device, sections: Iterable[str], out: str | None) -> None:
-    """Print the tables below the command and the machine; write them to a file if asked."""
+def report(
+    title: str, device: torch.device | Sequence[str], sections: Iterable[str], out: str | None
+) -> None:
+    """Print the tables below the command and the machine; write them to a file if asked.
+
+    Args:
+        title: of the page.
+        device: what was measured; or what `machine_lines` said before the machine was restricted.
+        sections: Markdown.
+        out: file.
+    """
     module = sys.modules["__main__"].__spec__
     command = shlex.join(["python", "-m", module.name if module else title, *sys.argv[1:]])
-    head = [f"# {title}", "", f"`{command}`", "", *machine_lines(device)]
+    machine = machine_lines(device) if isinstance(device, torch.device) else device
+    head = [f"# {title}", "", f"`{command}`", "", *machine]
     text = "\n".join(head) + "\n\n" + "\n\n".join(sections) + "\n"
     print(text)
     if out:
@@ -113,7 +125,7 @@ def machine_lines(device: torch.device) -> list[str]:
         f"- threads: torch {torch.get_num_threads()}, OpenCV {cv2.getNumThreads()}",
         f"- device: {describe_device(device)}",
         f"- Python {platform.python_version()}, torch {torch.__version__}, torchvision "
-        f"{torchvision.__version__}, numpy {np.__version__}, OpenCV {cv2.__version__}",
+        f"{version('torchvision')}, numpy {np.__version__}, OpenCV {cv2.__version__}",
     ]
 
 
@@ -189,6 +201,71 @@ def timing_table(times: Times, work: float, unit: str) -> str:
     return table(("variant", "seconds", f"{unit}/s", "times as fast"), rows)
 
 
+def ratio_table(times: Times, name: str) -> str:
+    """How many times as fast as each of the others one variant is; medians and quartiles."""
+    rows = [
+        (other, f"{spread(seconds / times[name]):.2f}")
+        for other, seconds in times.items()
+        if other != name
+    ]
+    return table((f"{name} against", "times as fast"), rows)
+
+
+class Remote:
+    """What a function of a module gives, called again and again in a process of its own.
+
+    So each variant has settings of its own, as in use. To be closed by a `with`.
+    """
+
+    def __init__(self, function: Callable[..., Callable[[], object]], **arguments: Any) -> None:
+        """Start the process; arguments go as JSON. It gets ready while others do."""
+        self.process = subprocess.Popen(
+            _command("serve", function, arguments),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def __call__(self) -> float:
+        """Call it once; seconds."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.process.args} ended")
+        return float(line)
+
+    def __enter__(self) -> Remote:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()  # the end of its input is that of the process
+
+
+def serve(target: str, arguments: str) -> None:
+    """Answer each line of the input by the seconds that a call takes."""
+    call = _load(target, arguments)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        print(time.perf_counter() - start, flush=True)
+
+
+def _command(kind: str, function: Callable[..., object], arguments: Mapping[str, Any]) -> list[str]:
+    module = function.__module__
+    spec = sys.modules[module].__spec__
+    name = spec.name if spec else module  # of a script that runs, __module__ says "__main__"
+    target = f"{name}:{function.__name__}"
+    return [sys.executable, "-m", "benchmarks.harness", kind, target, json.dumps(arguments)]
+
+
+def _load(target: str, arguments: str) -> Any:
+    """What `module:function` returns."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)(**json.loads(arguments))
+
+
 # ------------------------------------------------------------------------------------------ memory
 class Peak(NamedTuple):
     """Most memory in use at one time, MiB; not a number where the system is not Linux."""
@@ -198,30 +275,23 @@ class Peak(NamedTuple):
     gpu: float  # tensors
 
 
-def memory_table(peaks: Mapping[str, Peak]) -> str:
-    """Peaks of the variants; the process as a share of the baseline's."""
-    first = next(iter(peaks.values())).process
+def memory_table(peaks: Mapping[str, Sequence[Peak]]) -> str:
+    """Peaks of the variants, a run for each; the process as a share of the baseline's."""
+    first = np.array([peak.process for peak in next(iter(peaks.values()))])
     heads = ("variant", "process, MiB", "of baseline", "largest loader process", "GPU tensors")
-    rows = [
-        (
-            name,
-            f"{peak.process:.0f}",
-            f"{peak.process / first:.2f}",
-            f"{peak.worker:.0f}",
-            f"{peak.gpu:.0f}",
-        )
-        for name, peak in peaks.items()
-    ]
+    rows = []
+    for name, runs in peaks.items():
+        process, worker, gpu = np.array(runs).T
+        rows.append((
+            *(name, f"{spread(process):.0f}", f"{spread(process / first):.2f}"),
+            *(f"{spread(worker):.0f}", f"{spread(gpu):.0f}"),
+        ))  # fmt: skip
     return table(heads, rows)
 
 
 def measure_peak(function: Callable[..., object], **arguments: Any) -> Peak:
     """Peak memory of a function of a module, called in a process of its own; arguments as JSON."""
-    module = function.__module__
-    spec = sys.modules[module].__spec__
-    name = spec.name if spec else module  # of a script that runs, __module__ says "__main__"
-    target = f"{name}:{function.__name__}"
-    command = [sys.executable, "-m", "benchmarks.harness", target, json.dumps(arguments)]
+    command = _command("peak", function, arguments)
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return Peak(**json.loads(result.stdout.splitlines()[-1]))
 
@@ -231,8 +301,7 @@ def run_alone(target: str, arguments: str) -> Peak:
 
     Loader processes count if they still live, so the function must return what holds them.
     """
-    module, _, name = target.partition(":")
-    kept = getattr(importlib.import_module(module), name)(**json.loads(arguments))
+    kept = _load(target, arguments)
     workers = [_peak_of(child.pid) for child in multiprocessing.active_children()]
     gpu = torch.cuda.max_memory_allocated() / MEBI if torch.cuda.is_available() else 0.0
     del kept
@@ -266,4 +335,7 @@ def copy_dataset(spec: DatasetSpec, folder: Path, num_images: int) -> Path:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_alone(*sys.argv[1:])._asdict()))
+    if sys.argv[1] == "serve":
+        serve(*sys.argv[2:])
+    else:
+        print(json.dumps(run_alone(*sys.argv[2:])._asdict()))

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     hyp = load_hyperparameters(find_config(options.hyp, ["data/hyps"], ROOT))
     data = open_dataset(options.data)
     split = scan_split(data.train, data.names)
-    sections = []
+    machine, sections = harness.machine_lines(device), []
     for workers in sorted({0, harness.count_plain_workers(options)}, reverse=True):
         if not workers:
             harness.use_one_core()
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         times = harness.take_turns(variants, options.repeats, device)
         title = f"Loader processes: {workers}" if workers else "One core, no loader process"
         sections.append(f"## {title}\n\n" + harness.timing_table(times, len(split), "images"))
-    harness.report("Loader", device, sections, options.out)
+    harness.report("Loader", machine, sections, options.out)
 
 
 def our_epoch(

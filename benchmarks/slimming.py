@@ -22,8 +22,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import machine_lines
 from utils.command import run_command
-from utils.device import describe_device, select_device
+from utils.device import select_device
 from utils.run_dir import read_results, write_text_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             subprocess.run([sys.executable, *step.command], cwd=ROOT, check=True)
     if options.list:
         return
-    device = describe_device(select_device(options.device))
-    text = f"## {options.study}, {device}\n\n" + "\n\n".join(tables(folder)) + "\n"
+    machine = "\n".join(machine_lines(select_device(options.device)))
+    text = f"## {options.study}\n\n{machine}\n\n" + "\n\n".join(tables(folder)) + "\n"
     write_text_atomic(folder / "slimming.md", text)
     print(f"\n{text}\nwritten to {folder / 'slimming.md'}")
 

@@ -3,13 +3,16 @@
     python -m benchmarks.training --models n s --out training.md
     python -m benchmarks.training --models n --img 640 --batch 64 --workers 16 --device 0
 
-Ours is what train.py does with its defaults; both take an optimizer step a batch. The networks
-start from fresh weights, or with --weights from the tensors of that file that fit.
+Ours is what train.py does with its defaults; all take an optimizer step a batch. The textbook way
+comes with loader processes, without, and with its images in memory. Each variant has a process of
+its own and takes its turn. The networks start from fresh weights, or with --weights from the
+tensors of that file that fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import io
 import itertools
@@ -22,15 +25,25 @@ from torch.utils.data import DataLoader
 import train
 from benchmarks import harness, plain
 from models import Model
+from utils import heap
 from utils.command import run_command
-from utils.dataset import Batch, Loader, round_imgsz
-from utils.device import select_device, select_precision
+from utils.dataset import Batch, Loader, round_imgsz, scan_split
+from utils.device import forbid_chance, select_device, select_precision
+from utils.downloads import open_dataset
 from utils.training.inputs import Inputs, find_inputs
 from utils.training.loaders import build_loaders, scan_splits
 from utils.training.networks import build_network
 from utils.training.run import Run, build_run, loss_settings
 
 NUM_BATCHES = 4  # in memory, for the step alone
+PEAK_RUNS = 3  # of each variant, for its memory
+# Loader processes (None: those asked for), and whether images are kept in memory.
+TEXTBOOKS: dict[str, tuple[int | None, bool]] = {
+    "plain": (None, False),
+    "plain, no loader process": (0, False),
+    "plain, no loader process, images in memory": (0, True),
+}
+OURS = "ours"
 
 
 def build_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
@@ -61,28 +74,61 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(options: argparse.Namespace, size: str, device: torch.device) -> dict[str, str]:
     """The tables of one network by title."""
-    run, loader = build_ours(options, size)
-    textbook, plain_loader = build_plain(options, size)
-    with silence():
-        batches = InMemory(itertools.islice(loader, NUM_BATCHES))
-    num_images, num_in_memory = (
-        len(loader.batch_sampler.dataset),
-        sum(len(batch.images) for batch in batches),
-    )
     tables = {}
-    for title, count, pair in (
-        ("epoch with loader", num_images, (plain_loader, loader)),
-        (f"{len(batches)} steps, data in memory", num_in_memory, (batches, batches)),
+    for title, names, in_memory in (
+        ("epoch with loader", [*TEXTBOOKS, OURS], False),
+        (f"{NUM_BATCHES} steps, data in memory", ["plain, no loader process", OURS], True),
     ):
-        variants = {"plain": plain_epoch(textbook, pair[0]), "ours": our_epoch(run, pair[1])}
-        times = harness.take_turns(variants, options.repeats, device)
+        with contextlib.ExitStack() as processes:
+            variants = {
+                name: processes.enter_context(
+                    harness.Remote(
+                        prepare, options=vars(options), size=size, name=name, in_memory=in_memory
+                    )
+                )
+                for name in names
+            }
+            times = harness.take_turns(variants, options.repeats, device)
+        count = NUM_BATCHES * options.batch if in_memory else count_images(options)
         tables[title] = harness.timing_table(times, count, "images")
-    peaks = {
-        name: harness.measure_peak(train_alone, options=vars(options), size=size, name=name)
-        for name in variants
-    }
+        if not in_memory:
+            tables[title] += "\n\n" + harness.ratio_table(times, OURS)
+    peaks: dict[str, list[harness.Peak]] = {name: [] for name in (*TEXTBOOKS, OURS)}
+    for _ in range(PEAK_RUNS):
+        for name, runs in peaks.items():
+            runs.append(
+                harness.measure_peak(train_alone, options=vars(options), size=size, name=name)
+            )
     tables["peak memory"] = harness.memory_table(peaks)
     return tables
+
+
+def count_images(options: argparse.Namespace) -> int:
+    """Of the training split."""
+    data = open_dataset(options.data)
+    return len(scan_split(data.train, data.names))
+
+
+def prepare(
+    options: Mapping[str, Any], size: str, name: str, in_memory: bool = False
+) -> Callable[[], None]:
+    """What trains one epoch of a variant; or, with `in_memory`, a few batches that are loaded now.
+
+    The process is its own: what train.py sets for all of it is set here.
+    """
+    given = argparse.Namespace(**options)
+    harness.set_threads(given.threads)
+    if name == OURS:
+        settled = contextlib.ExitStack()
+        atexit.register(settled.close)
+        run, loader = build_ours(given, size)
+        settled.enter_context(heap.settled())
+        return our_epoch(
+            run, InMemory(itertools.islice(loader, NUM_BATCHES)) if in_memory else loader
+        )
+    textbook, plain_loader = build_plain(given, size, *TEXTBOOKS[name])
+    batches = list(itertools.islice(plain_loader, NUM_BATCHES)) if in_memory else plain_loader
+    return plain_epoch(textbook, batches)
 
 
 class InMemory(list[Batch]):
@@ -114,6 +160,9 @@ def _prepare(
 def build_ours(options: argparse.Namespace, size: str) -> tuple[Run, Loader]:
     """A training run and its loader as train.py builds them."""
     flags, inputs, device, model, imgsz = _prepare(options, size)
+    forbid_chance(device, flags.deterministic)
+    if device.type == "cpu":
+        heap.keep_large_blocks()
     splits = scan_splits(inputs.data, flags)
     loader, _ = build_loaders(flags, inputs.hyp, *splits, imgsz, model.max_stride)
     precision = select_precision(flags.amp, device)
@@ -122,13 +171,14 @@ def build_ours(options: argparse.Namespace, size: str) -> tuple[Run, Loader]:
 
 
 def build_plain(
-    options: argparse.Namespace, size: str
+    options: argparse.Namespace, size: str, workers: int | None = None, cache: bool = False
 ) -> tuple[plain.PlainTraining, DataLoader[Any]]:
     """The textbook training of the same network on the same images."""
     flags, inputs, device, model, imgsz = _prepare(options, size)
     split, _ = scan_splits(inputs.data, flags)
-    dataset = plain.PlainDataset(split, imgsz, inputs.hyp)
-    loader = plain.build_loader(dataset, options.batch, harness.count_plain_workers(options))
+    dataset = plain.PlainDataset(split, imgsz, inputs.hyp, cache=cache)
+    workers = harness.count_plain_workers(options) if workers is None else workers
+    loader = plain.build_loader(dataset, options.batch, workers)
     settings = loss_settings(inputs.hyp, model, imgsz)
     return plain.PlainTraining(model, settings, inputs.hyp, options.optimizer, device), loader
 
@@ -138,6 +188,7 @@ def our_epoch(run: Run, batches: Loader | InMemory) -> Callable[[], None]:
     epochs = itertools.count(1)
 
     def epoch() -> None:
+        heap.trim()
         run.batches = 0  # of the epoch that comes
         with silence():
             train.train_one_epoch(run, batches, next(epochs))
@@ -162,10 +213,7 @@ def silence() -> contextlib.AbstractContextManager[Any]:
 
 def train_alone(options: Mapping[str, Any], size: str, name: str) -> object:
     """One epoch of one variant, for its peak memory; returns what holds the loader processes."""
-    given = argparse.Namespace(**options)
-    harness.set_threads(given.threads)
-    ours = name == "ours"
-    epoch = our_epoch(*build_ours(given, size)) if ours else plain_epoch(*build_plain(given, size))
+    epoch = prepare(options, size, name)
     epoch()
     return epoch
 
