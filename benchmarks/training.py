@@ -4,9 +4,9 @@
     python -m benchmarks.training --models n --img 640 --batch 64 --workers 16 --device 0
 
 Ours is what train.py does with its defaults; all take an optimizer step a batch. The textbook way
-comes with loader processes, without, and with its images in memory. Each variant has a process of
-its own and takes its turn. The networks start from fresh weights, or with --weights from the
-tensors of that file that fit.
+comes with loader processes, without, and with its images in memory; --compile adds our steps with
+the network through torch.compile. Each variant has a process of its own and takes its turn. The
+networks start from fresh weights, or with --weights from the tensors of that file that fit.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TEXTBOOKS: dict[str, tuple[int | None, bool]] = {
     "plain, no loader process": (0, False),
     "plain, no loader process, images in memory": (0, True),
 }
-OURS = "ours"
+OURS, COMPILED = "ours", "ours, torch.compile"
 
 
 def build_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
@@ -62,7 +62,9 @@ def build_parser(description: str | None, **defaults: Any) -> argparse.ArgumentP
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Epoch, step and memory of each network."""
-    options = build_parser(__doc__).parse_args(argv)
+    parser = build_parser(__doc__)
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    options = parser.parse_args(argv)
     device = select_device(options.device)
     harness.set_threads(options.threads)
     sections = []
@@ -75,9 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(options: argparse.Namespace, size: str, device: torch.device) -> dict[str, str]:
     """The tables of one network by title."""
     tables = {}
+    steps = ["plain, no loader process", OURS, *([COMPILED] if options.compile else [])]
     for title, names, in_memory in (
         ("epoch with loader", [*TEXTBOOKS, OURS], False),
-        (f"{NUM_BATCHES} steps, data in memory", ["plain, no loader process", OURS], True),
+        (f"{NUM_BATCHES} steps, data in memory", steps, True),
     ):
         with contextlib.ExitStack() as processes:
             variants = {
@@ -118,10 +121,12 @@ def prepare(
     """
     given = argparse.Namespace(**options)
     harness.set_threads(given.threads)
-    if name == OURS:
+    if name in (OURS, COMPILED):
         settled = contextlib.ExitStack()
         atexit.register(settled.close)
         run, loader = build_ours(given, size)
+        if name == COMPILED:
+            run.network = torch.compile(run.network)
         settled.enter_context(heap.settled())
         return our_epoch(
             run, InMemory(itertools.islice(loader, NUM_BATCHES)) if in_memory else loader
