@@ -1810,6 +1810,61 @@ def test_exist_ok_writes_into_the_same_folder(base, tmp_path):
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["exp"]
 
 
+@pytest.mark.parametrize("part", ["save_options", "save_resumable"])
+def test_an_old_run_stays_until_the_new_one_can_begin(base, tmp_path, monkeypatch, part):
+    train.main([*base, "--epochs", "1"])
+    run = tmp_path / "runs/exp"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    del before[run / ".lock"]
+    original = getattr(saving, part)
+
+    def work_and_stop(*arguments):
+        original(*arguments)
+        raise Interrupted
+
+    monkeypatch.setattr(saving, part, work_and_stop)
+    with pytest.raises(Interrupted):
+        train.main([*base, "--epochs", "2", "--exist-ok"])
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_new_run_is_not_mixed_with_the_one_of_before(base, tmp_path, monkeypatch, times):
+    """It may be killed in its first epoch, again and again; the weights of the old one stay."""
+    train.main([*base, "--epochs", "1", "--save-period", "1"])
+    run = tmp_path / "runs/exp"
+    (run / "notes.txt").write_text("mine")
+    old = {name: (run / name).read_bytes() for name in ("weights/best.pt", "results.csv")}
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "optimizer_step", lambda *_: (_ for _ in ()).throw(Interrupted))
+        for _ in range(times):
+            with pytest.raises(Interrupted):
+                train.main([*base, "--epochs", "2", "--exist-ok"])
+    assert [path.name for path in (run / "weights").iterdir()] == ["last.pt"]
+    assert {name: (run / "replaced" / name).read_bytes() for name in old} == old
+    train.main(["--resume", str(run)])
+    assert [row["epoch"] for row in results_of(run)] == ["0", "1"]
+    assert sorted(path.name for path in (run / "weights").iterdir()) == ["best.pt", "last.pt"]
+    assert (run / "notes.txt").read_text() == "mine"
+    assert not (run / "replaced").exists()
+
+
+def test_the_run_of_before_is_not_resumed_as_the_new_one(base, tmp_path, monkeypatch):
+    train_until(monkeypatch, 0, [*base, "--epochs", "2"])
+    run = tmp_path / "runs/exp"
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "optimizer_step", lambda *_: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            train.main([*base, "--epochs", "2", "--exist-ok", "--nosave"])
+    with pytest.raises(FileNotFoundError, match="before it had saved anything"):
+        train.main(["--resume", str(run)])
+    with pytest.raises(FileNotFoundError, match="there is no unfinished run"):
+        newest_unfinished(tmp_path / "runs")
+    assert newest_unfinished(run / "replaced") == run / "replaced/weights/last.pt"
+    train.main(["--resume", str(run / "replaced")])
+    assert len(results_of(run / "replaced")) == 2
+
+
 def test_cfg_of_another_network_is_refused_when_fine_tuning(base, slim_weights):
     path, _ = slim_weights
     with pytest.raises(ValueError, match="not pruned from the network of --cfg yolov5n"):

@@ -26,7 +26,7 @@ from utils.device_text import gpu_indices
 from utils.flags.checks import flag_of
 from utils.flags.train import RESUME_FLAGS, parse_saved
 from utils.lookup import expand_home, locate_checkpoint
-from utils.run_dir import to_plain
+from utils.run_dir import REPLACED, to_plain
 from utils.scan import Split
 
 LOGGER = logging.getLogger(__name__)
@@ -380,7 +380,8 @@ def newest_unfinished(project: Path) -> Path:
     """The newest last.pt below a folder whose run has not reached its end."""
     found = sorted(project.glob("**/weights/last.pt"), key=lambda path: -path.stat().st_mtime)
     for path in found:
-        if STAGING in str(path):  # left by a process that was killed before it had a run folder
+        # Left by a process that was killed before it had a run folder, or by who began anew there.
+        if STAGING in str(path) or REPLACED in path.relative_to(project).parts:
             continue
         try:
             if "training" in load_checkpoint(path):

@@ -8,6 +8,7 @@ import csv
 import io
 import itertools
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,12 @@ from utils.atomic import atomic_write, staging_folder
 from utils.lookup import expand_home
 
 OPTIONS = "opt.yaml"
+REPLACED = "replaced"  # folder in a run folder: the run that was there before
+# What a training makes, those first that a run goes on from; what else is there is not ours.
+MADE_BY_TRAINING = (
+    *("weights/*.pt", "weights/.*.tmp", ".*.tmp", "results.csv", "results.png", "bn_gamma.png"),
+    *("labels.jpg", "train_batch*.jpg", "nan_batch_*", "events.out.tfevents.*", "hyp.yaml"),
+)
 
 
 @contextmanager
@@ -147,6 +154,37 @@ def _highest_run_number(first: Path) -> int:
     pattern = re.compile(re.escape(first.name) + r"([1-9]\d*)?")
     matches = (pattern.fullmatch(entry.name) for entry in first.parent.iterdir())
     return max((int(match[1] or 1) for match in matches if match), default=0)
+
+
+def replace_run(run_dir: Path, new: Path) -> None:
+    """Let a run begin in a folder, where another one may have been.
+
+    All files of the latter move to `replaced`, a run folder too, until `forget_replaced`. If one
+    is there already, what has begun after it has never come so far, and goes. A process killed
+    meanwhile leaves the one run or the other, and between them none that can be resumed.
+
+    Args:
+        run_dir: the folder.
+        new: within it, what the run begins with: `opt.yaml`, its last file to move `weights/*`.
+    """
+    aside = run_dir / REPLACED
+    is_whole = (aside / OPTIONS).is_file()  # it moves last
+    for pattern in (*MADE_BY_TRAINING, OPTIONS):
+        for path in [path for path in run_dir.glob(pattern) if path.is_file()]:
+            if is_whole:
+                path.unlink()
+                continue
+            target = aside / path.relative_to(run_dir)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    (run_dir / "weights").mkdir(exist_ok=True)
+    for path in sorted(path for path in new.rglob("*") if path.is_file()):
+        path.replace(run_dir / path.relative_to(new))
+
+
+def forget_replaced(run_dir: Path) -> None:
+    """Let go of the run that was in the folder before: the new one has learnt something."""
+    shutil.rmtree(run_dir / REPLACED, ignore_errors=True)
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from utils import device as devices
 from utils import ranks
+from utils.atomic import staging_folder
 from utils.checkpoint import build_checkpoint, save_checkpoint, save_final
 from utils.claim import claim, release
 from utils.evaluate import EvaluationResult
@@ -19,8 +21,10 @@ from utils.optim import restore_optimizer
 from utils.pruning.slimming import GammaStatistics, gamma_statistics
 from utils.pruning.verdict import Best, History
 from utils.resume import check_alike, warn_of_other_data
-from utils.run_dir import new_run_dir, save_options
+from utils.run_dir import REPLACED, forget_replaced, new_run_dir, replace_run, save_options
 from utils.training.run import BeforeStep, Run, build_loss
+
+LOGGER = logging.getLogger(__name__)
 
 SAVE_SECONDS = 600  # between two checkpoints at most, though an epoch takes longer
 LONG_VALIDATION = 60  # seconds; before one of these there is a checkpoint too
@@ -29,21 +33,29 @@ LONG_VALIDATION = 60  # seconds; before one of these there is a checkpoint too
 def open_run_dir(run: Run) -> Path:
     """A new folder for results, with the options and hyperparameters of this run in it.
 
-    And with last.pt, as also what is killed in its first epoch can be resumed.
+    And with last.pt, as also what is killed in its first epoch can be resumed. Of another run that
+    was in the folder (`--exist-ok`) nothing stays among these files.
     """
     options = run.options
 
     def fill(folder: Path) -> None:
         claim(folder, ranks.job())
-        (folder / "weights").mkdir(exist_ok=True)
-        save_options(folder / "opt.yaml", vars(options))
-        save_options(folder / "hyp.yaml", run.hyp.to_dict())
-        if not options.nosave:
-            save_resumable(run, folder / "weights/last.pt", -1)
+        with staging_folder(folder) as new:  # on a full disk the old run stays as it was
+            (new / "weights").mkdir()
+            save_options(new / "opt.yaml", vars(options))
+            save_options(new / "hyp.yaml", run.hyp.to_dict())
+            if not options.nosave:
+                save_resumable(run, new / "weights/last.pt", -1)
+            replace_run(folder, new)
         release(folder)  # Windows renames no folder in which a file is open
 
     run_dir = new_run_dir(options.project, options.name, options.exist_ok, fill)
     claim(run_dir, ranks.job())
+    if (run_dir / REPLACED).is_dir():
+        LOGGER.info(
+            "the run that was in %s is in %s until this one has trained and saved something",
+            run_dir, run_dir / REPLACED,
+        )  # fmt: skip
     return run_dir
 
 
@@ -155,6 +167,7 @@ def save_epoch(
     save_checkpoint(
         folder / "last.pt", {**content, "training": training_state(run, epoch, is_last)}
     )
+    forget_replaced(run.dir)
     run.saved_at = time.monotonic()
 
 
@@ -165,6 +178,8 @@ def save_position(run: Run, epoch: int) -> None:
     loss_sums = ranks.add_up(run.loss_sums)
     if devices.rank() == 0:
         save_resumable(run, run.dir / "weights/last.pt", epoch - 1, loss_sums.tolist())
+        if epoch or run.batches:
+            forget_replaced(run.dir)
 
 
 def save_resumable(run: Run, path: Path, epoch: int, loss_sums: Sequence[float] = ()) -> None:
