@@ -4,6 +4,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import errno
 import math
 import os
 import pkgutil
@@ -1380,6 +1381,29 @@ def test_recovery_goes_back_and_lowers_the_rate(base, tmp_path, spoil, caplog):
     assert rates[0] == pytest.approx(rates[1] / 4)
     assert "back to epoch 1, batch 0, with the learning rate times 0.5" in caplog.text
     assert "back to epoch 1, batch 0, with the learning rate times 0.25" in caplog.text
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "recover"])
+def test_a_batch_that_cannot_be_saved_is_a_warning(base, monkeypatch, spoil, caplog, on_nan):
+    """The run goes on, or ends, as it would have done."""
+    full = OSError(errno.ENOSPC, "No space left on device", "nan_batch_1_1.txt")
+    monkeypatch.setattr("utils.finite.write_text_atomic", raising(full))
+    spoil(3)
+    ends = pytest.raises(FloatingPointError, match=r"the loss is nan in epoch 1, batch 1 \(\w\.")
+    with ends if on_nan == "stop" else contextlib.nullcontext():
+        train.main([*base, "--epochs", "2", "--on-nan", on_nan])
+    warning = "warning: the batch cannot be saved for a look: nan_batch_1_1.txt: No space left"
+    assert warning in caplog.text
+    assert ("back to epoch 1, batch 0" in caplog.text) == (on_nan == "recover")
+
+
+def raising(error):
+    """A function that does nothing else."""
+
+    def fail(*_):
+        raise error
+
+    return fail
 
 
 def test_a_bad_gradient_is_forgotten_by_recovery(base, tmp_path, monkeypatch):

@@ -107,12 +107,20 @@ def explain_not_finite(run: Run, loader: Loader, error: FloatingPointError, epoc
 
 
 def keep_for_a_look(run: Run, loader: Loader, epoch: int, number: int) -> list[str]:
-    """Save the batch of all processes; says which files it has, where it is, and what is odd."""
+    """Save the batch of all processes; says which files it has, where it is, and what is odd.
+
+    That it cannot be saved is a warning: the run may go on all the same.
+    """
     batch = loader.read_again(number, of_all=True)
-    picture = save_for_a_look(run.dir, batch, epoch, number, run.names)
     names = [Path(path).name for path in batch.paths]
     files = ", ".join(names[:NAMED_FILES] + ["..."] * (len(names) > NAMED_FILES))
-    said = [files, f"the batch is in {picture} and .txt"]
+    said = [files]
+    try:
+        picture = save_for_a_look(run.dir, batch, epoch, number, run.names)
+        said.append(f"the batch is in {picture} and .txt")
+    except OSError as error:  # a full disk, for example
+        reason = describe_os_error(error)
+        LOGGER.warning("warning: the batch cannot be saved for a look: %s", reason)
     if are_of_one_colour(batch.images):
         said.append(
             "each of its images is of one colour, of which a fresh network can learn nothing: "
