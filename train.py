@@ -100,7 +100,7 @@ def run_training(
 ) -> None:
     """One training, of this process or of all that are connected."""
     check_processes(options, device)
-    precision = devices.select_precision(options.amp, device)
+    precision = ranks.common_precision(devices.select_precision(options.amp, device))
     devices.seed_everything(options.seed + devices.rank())
     devices.forbid_chance(device, options.deterministic)
     if device.type == "cpu":

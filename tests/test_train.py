@@ -270,6 +270,36 @@ def test_whatever_a_run_knows_goes_on(base, tmp_path, monkeypatch):
     assert kill_loop.first_difference(after, before, "run") is None
 
 
+@pytest.mark.parametrize(
+    ("chosen", "common"),
+    [
+        (("bfloat16", "bfloat16"), "bfloat16"),
+        (("bfloat16", "float32"), "float32"),
+        (("float32", "bfloat16"), "float32"),
+        (("bfloat16", "float16"), "float16"),
+    ],
+)
+def test_processes_agree_on_what_all_can_compute_in(base, monkeypatch, caplog, chosen, common):
+    """Each chooses for its own hardware, and may time it; the first is this process."""
+    own, other = (getattr(torch, name) for name in chosen)
+
+    caplog.set_level("INFO")
+
+    def share(value):
+        return [value, other] if isinstance(value, torch.dtype) else [value]
+
+    def stop(*arguments):
+        assert getattr(torch, common) in arguments
+        raise Interrupted
+
+    monkeypatch.setattr(devices, "select_precision", lambda *_: own)
+    monkeypatch.setattr(ranks, "share", share)
+    monkeypatch.setattr(train, "build_run", stop)
+    with pytest.raises(Interrupted):
+        train.main([*base, "--epochs", "1", "--amp", "auto"])
+    assert (f"in {common}, not in {chosen[0]}" in caplog.text) == (common != chosen[0])
+
+
 def test_validation_in_float16_measures_the_same(base, tmp_path, monkeypatch):
     """As on a GPU with mixed precision; a CPU can do it too, if slowly."""
     asked = []

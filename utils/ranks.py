@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import platform
 import time
@@ -18,11 +19,14 @@ from torch import Tensor, distributed
 from utils import device as devices
 from utils.command import NOT_FINITE
 
+LOGGER = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 # While the first process scans millions of files, judges or draws, the others wait.
 PATIENCE = datetime.timedelta(days=1)
 PARENT = os.getppid()
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)  # who chose one can use those before
 LOST = "another process of this training has ended"
 
 
@@ -197,6 +201,16 @@ def share(value: T) -> list[T]:
     values: list[Any] = [None] * devices.world_size()
     distributed.all_gather_object(values, value, group=_Group.patient)
     return values
+
+
+def common_precision(own: torch.dtype) -> torch.dtype:
+    """What all processes can compute in, of what each has chosen for its hardware."""
+    chosen = share(own)
+    common = min(chosen, key=PRECISIONS.index)
+    if common != own:
+        names = [str(precision).removeprefix("torch.") for precision in (common, own)]
+        LOGGER.info("training in %s, not in %s, which another process is not made for", *names)
+    return common
 
 
 def add_up(tensor: Tensor) -> Tensor:
