@@ -42,7 +42,7 @@ from utils.pruning import slimming
 from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorms
 from utils.pruning.verdict import Best, History
 from utils.resume import newest_unfinished
-from utils.training import rehearsal, report, saving
+from utils.training import rehearsal, report, saving, validation
 from utils.training.run import Run, build_run
 from utils.training.saving import save_position
 from utils.training.sparsity import give_verdict, is_verdict_due
@@ -230,7 +230,7 @@ def what_goes_on(run):
         "losses": run.loss_sums,
         "best": (run.best_fitness, run.best_epoch, *run.best),
         "classes": run.class_maps.tolist(),
-        "validation": run.validation_seconds,
+        "validation": (run.validation_seconds, run.overflows_float16),
         "gammas": {epoch: dataclasses.asdict(row) for epoch, row in run.gammas.items()},
         "random": torch.get_rng_state(),
     }
@@ -243,6 +243,7 @@ def test_whatever_a_run_knows_goes_on(base, tmp_path, monkeypatch):
 
     def change_and_save(run, *judgement):
         run.ema.updates, run.batches, run.validation_seconds = 77, 1, 33.0
+        run.overflows_float16 = True
         run.loss_sums = torch.tensor([1.0, 2.0, 3.0])
         run.best_fitness, run.best_epoch, run.best = 0.625, 1, Best(0.75, "in epoch 1")
         run.class_maps[:] = 0.25, 0.5, 0.125
@@ -315,6 +316,29 @@ def test_validation_in_float16_measures_the_same(base, tmp_path, monkeypatch):
         key = f"val/{name}_loss"
         assert float(half[key]) == pytest.approx(float(full[key]), rel=0.01)
         assert full[f"train/{name}_loss"] == half[f"train/{name}_loss"]
+
+
+def test_validation_goes_on_in_float32_where_float16_is_too_small(
+    base, tmp_path, monkeypatch, caplog
+):
+    """From the second epoch on a bias is beyond 65504; said once, also by the resumed run."""
+    precisions, evaluate = [], validation.evaluate
+
+    def spoil(network, *rest, **options):
+        if precisions:
+            network.head.m[0].bias.data[-1] = 1e5
+        precisions.append(str(options["precision"]))
+        return evaluate(network, *rest, **options)
+
+    monkeypatch.setattr(validation, "evaluate", spoil)
+    monkeypatch.setattr(devices, "select_validation_precision", lambda *_: torch.float16)
+    train_until(monkeypatch, 2, [*base, "--epochs", "4"])
+    train.main(["--resume", str(tmp_path / "runs/exp")])
+    half, full = "torch.float16", "torch.float32"
+    assert precisions == [half, half, full, full, full]
+    assert caplog.text.count("warning: epoch 1: float16 is too small") == 1
+    losses = [float(row["val/cls_loss"]) for row in results_of(tmp_path / "runs/exp")]
+    assert np.isfinite(losses).all()
 
 
 def test_a_resumed_run_goes_on_with_its_scale_of_losses(base, tmp_path, monkeypatch):

@@ -60,6 +60,7 @@ class EvaluationResult:
     losses: tuple[float, float, float] | None  # box, objectness, class; mean over images
     speed_ms: tuple[float, float, float]  # pre-processing, inference, NMS; per image
     num_images: int
+    is_finite: bool  # all logits; looked at if there is a loss. Else none of the figures counts
 
     @property
     def num_labels(self) -> int:
@@ -114,6 +115,7 @@ class Tally:
         self.confusion = ConfusionMatrix(num_classes)
         self.losses: list[Measured] = []  # of each batch
         self.seconds = [0.0, 0.0, 0.0]  # pre-processing, inference, NMS
+        self.is_finite = torch.tensor(True)  # all logits
 
     @property
     def num_images(self) -> int:
@@ -131,6 +133,7 @@ class Tally:
             found = [entry for turn in turns for entry in turn if entry is not None]
             getattr(whole, name).extend(found)
         for share in shares:
+            whole.is_finite &= share.is_finite
             whole.num_images_per_class += share.num_images_per_class
             whole.confusion.matrix += share.confusion.matrix
             whole.seconds = [a + b for a, b in zip(whole.seconds, share.seconds, strict=True)]
@@ -148,6 +151,14 @@ class Tally:
             self.label_cls.append(label_cls)
             self.num_images_per_class[np.unique(label_cls)] += 1
             self.confusion.update(rows, image_labels)
+
+    def look_at(self, logits: Sequence[Tensor]) -> None:
+        """Whether they are finite, per level of any shape; nothing waits for the device.
+
+        A sigmoid makes a number of what is infinite, and NMS leaves out what is none.
+        """
+        for level in logits:
+            self.is_finite = self.is_finite.to(level.device) & level.isfinite().all()
 
     def average_precision(self) -> tuple[ApResult, np.ndarray]:
         """Per-class result, and labels per class [K]."""
@@ -198,7 +209,7 @@ def evaluate(
         iou_thres: of NMS.
         max_det: most detections per image.
         single_cls: all detections and labels count as class 0.
-        loss_fn: adds the mean loss per image.
+        loss_fn: adds the mean loss per image, and whether all logits are finite.
         on_batch: called with the batch and its detections, per image [M, 6] on the CPU, xyxy in
             pixels of the original image.
         progress: show a progress bar, if this is a terminal.
@@ -224,6 +235,7 @@ def evaluate(
             if not has_nms:
                 _check_num_classes(predictions.shape[2] - 5, names, single_cls)
             if loss_fn is not None:
+                tally.look_at(logits)
                 tally.losses.append(loss_fn.measure(logits, batch.targets))
                 watch.start()
             detections = suppress(predictions)
@@ -234,7 +246,7 @@ def evaluate(
             if on_batch is not None:
                 on_batch(batch, detections)
 
-    tally.seconds = watch.seconds
+    tally.seconds, tally.is_finite = watch.seconds, tally.is_finite.cpu()
     tally.losses = [Measured(sums.cpu(), counts.cpu()) for sums, counts in tally.losses]
     return _summarise(Tally.combine(gather(tally)), names, loss_fn)
 
@@ -346,4 +358,5 @@ def _summarise(
         losses=losses,
         speed_ms=ms_per_image(tally.seconds, tally.num_images),
         num_images=tally.num_images,
+        is_finite=bool(tally.is_finite),
     )

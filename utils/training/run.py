@@ -81,6 +81,7 @@ class Run:
     before: BeforeStep | None = None  # there while batches wait for the step that they belong to
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
     validation_seconds: float = 0.0  # that the last one has taken
+    overflows_float16: bool = False  # seen in a validation: the next ones compute in float32
     board: Board | None = None  # TensorBoard
 
     @property

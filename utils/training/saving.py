@@ -89,6 +89,7 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     run.best = Best(*state.get("best_map50", run.best))
     run.class_maps = state["class_maps"].numpy()
     run.validation_seconds = state.get("validation_seconds", 0.0)  # versions before kept none
+    run.overflows_float16 |= state.get("overflows_float16", False)
     run.schedule = dataclasses.replace(run.schedule, factor=state.get("lr_factor", 1.0))
     warn_of_other_data(state.get("data", {}), run.data)
     if run.penalty is not None and "penalty" in state:  # versions before had none
@@ -132,6 +133,7 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
         "best_map50": tuple(run.best),
         "class_maps": torch.tensor(run.class_maps),
         "validation_seconds": run.validation_seconds,
+        "overflows_float16": run.overflows_float16,
         "gammas": [{"epoch": number, **vars(row)} for number, row in run.gammas.items()],
         "torch_rng": torch.get_rng_state(),
     }

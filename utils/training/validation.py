@@ -37,17 +37,32 @@ def validate(run: Run, loader: Loader, epoch: int) -> EvaluationResult | None:
         return ranks.gather(tally)
 
     is_first, started = devices.rank() == 0, time.monotonic()
-    result = evaluate(
-        copy.deepcopy(run.ema.model).fuse(),
-        run.stop.watch(loader),
-        run.names,
-        device=run.device,
-        precision=devices.select_validation_precision(run.precision, run.device),
-        single_cls=run.options.single_cls,
-        loss_fn=run.loss,
-        progress=is_first,
-        gather=gather_unless_stopped,
-    )
+
+    def measure(precision: torch.dtype) -> EvaluationResult:
+        return evaluate(
+            copy.deepcopy(run.ema.model).fuse(),
+            run.stop.watch(loader),
+            run.names,
+            device=run.device,
+            precision=precision,
+            single_cls=run.options.single_cls,
+            loss_fn=run.loss,
+            progress=is_first,
+            gather=gather_unless_stopped,
+        )
+
+    precision = devices.select_validation_precision(run.precision, run.device)
+    precision = torch.float32 if run.overflows_float16 else precision
+    result = measure(precision)
+    if precision == torch.float16:
+        run.overflows_float16 = ranks.is_true_anywhere(not result.is_finite, run.device)
+        if run.overflows_float16:
+            LOGGER.warning(
+                "warning: epoch %d: float16 is too small for this network, whose outputs are not "
+                "all finite; this and all later validations compute in float32",
+                epoch,
+            )
+            result = measure(torch.float32)
     run.validation_seconds = time.monotonic() - started
     return result if is_first else None
 
