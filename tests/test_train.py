@@ -2135,13 +2135,14 @@ def test_tensorboard_shows_figures_gammas_pictures_and_the_graph(base, tmp_path,
     assert set(tags["histograms"]) == layers
 
 
-def test_a_missing_tensorboard_is_said_before_the_training(base, monkeypatch):
+def test_a_missing_tensorboard_is_said_before_anything_is_read_or_made(base, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    monkeypatch.setattr(train, "train_epochs", None)
+    monkeypatch.setattr(train, "scan_splits", None)
     with pytest.raises(ValueError, match=r"^--tensorboard needs .*: pip install tensorboard$"):
         train.main([*base, "--epochs", "1", "--tensorboard"])
+    assert not (tmp_path / "runs").exists()
 
 
 def test_default_workers_are_found_anew_on_another_machine(base, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
@@ -16,6 +17,21 @@ from torch import Tensor, nn
 from utils.image_files import read_image
 
 MAX_PICTURE_SIDE = 1280  # px: event files keep every picture
+
+
+def load_writer() -> Any:
+    """The class that writes event files.
+
+    Raises:
+        ValueError: tensorboard is not installed, or in a state that cannot be used.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "--tensorboard needs the package tensorboard: pip install tensorboard"
+        ) from None
+    return SummaryWriter
 
 
 class Board:
@@ -27,13 +43,7 @@ class Board:
         Raises:
             ValueError: tensorboard is not installed.
         """
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError(
-                "--tensorboard needs the package tensorboard: pip install tensorboard"
-            ) from None
-        self._writer = SummaryWriter(str(folder), purge_step=first_epoch or None)
+        self._writer = load_writer()(str(folder), purge_step=first_epoch or None)
 
     def add_figures(self, figures: Mapping[str, float], epoch: int) -> None:
         """Scalars by tag, as the columns of `results.csv`."""

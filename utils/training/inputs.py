@@ -19,6 +19,7 @@ from utils.device_text import gpu_indices
 from utils.downloads import PROJECT_ROOT, find_weights, open_dataset
 from utils.lookup import find_config
 from utils.resume import Resumed
+from utils.tensorboard import load_writer
 
 
 class Inputs(NamedTuple):
@@ -34,6 +35,8 @@ class Inputs(NamedTuple):
 
 def find_inputs(options: argparse.Namespace, resumed: Resumed | None) -> Inputs:
     """Hyperparameters, network, weights, and last, as it may be a long download, the data."""
+    if options.tensorboard:
+        load_writer()  # if it can be
     if resumed:
         hyp = Hyperparameters(**resumed.content["hyp"])
         spec, source = ModelSpec.from_dict(resumed.content["spec"], str(resumed.path)), None
