@@ -212,6 +212,60 @@ def test_a_truncated_video_is_read_as_far_as_it_goes(tmp_path):
     assert "ends after frame" in reader.problems[0]
 
 
+@pytest.fixture
+def state(monkeypatch):
+    """A function: let all videos state such figures."""
+
+    def state(**figures):
+        stated = {getattr(cv2, f"CAP_PROP_{name}"): value for name, value in figures.items()}
+        captures = cv2.VideoCapture
+
+        class Stating:
+            def __init__(self, *source):
+                self._capture = captures(*source)
+
+            def __getattr__(self, name):
+                return getattr(self._capture, name)
+
+            def get(self, what):
+                return stated[what] if what in stated else self._capture.get(what)
+
+        monkeypatch.setattr(cv2, "VideoCapture", Stating)
+
+    return state
+
+
+@pytest.mark.parametrize("stated", [-9.2e18, -1, 0, 5, 9, 11, 1e15, 9.2e18, np.inf, np.nan])
+def test_a_wrong_number_of_frames_is_no_damage(tmp_path, state, stated):
+    path = write_video(tmp_path / "a.avi")
+    state(FRAME_COUNT=stated)
+    reader = FrameReader(Sources((path,)))
+    assert len(list(reader)) == 10
+    assert reader.problems == []
+    assert reader.count() == (stated if stated in (5, 9, 11) else None)
+
+
+@pytest.mark.parametrize("stated", [-1, 2, 5])
+def test_a_broken_frame_is_not_the_end_where_no_more_are_stated(tmp_path, state, stated):
+    path = break_frame(write_video(tmp_path / "a.avi"), 5, 6)
+    state(FRAME_COUNT=stated)
+    reader = FrameReader(Sources((path,)))
+    assert [frame.number for frame in reader] == list(range(1, 11))
+    assert reader.problems == [f"{path}: frames 5 to 6 cannot be decoded"]
+
+
+@pytest.mark.parametrize(("last_ms", "is_short"), [(3900, False), (720, True), (0, True)])
+def test_a_video_of_varying_distances_ends_when_its_time_is_over(
+    tmp_path, state, last_ms, is_short
+):
+    """It states 50 frames, four seconds at 12.5 a second, and has 10."""
+    path = write_video(tmp_path / "a.avi")
+    state(FRAME_COUNT=50, POS_MSEC=last_ms)
+    reader = FrameReader(Sources((path,)))
+    assert len(list(reader)) == 10
+    assert reader.problems == ([f"{path}: ends after frame 10 of 50"] if is_short else [])
+
+
 # ----------------------------------------------------------------------------------------- streams
 @contextmanager
 def serve(handler):

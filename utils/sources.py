@@ -46,6 +46,8 @@ SCHEMES = frozenset({"rtsp", "rtsps", "rtmp", "http", "https", "tcp", "udp", "rt
 RECONNECT_WAITS_S = (1.0, 2.0, 4.0)  # before each attempt to get a lost stream back
 STREAM_TIMEOUT_MS = 10_000  # silence after which a stream counts as lost
 MAX_BROKEN = 500  # frames in a row: then the rest of a video is lost
+MAX_BROKEN_AT_END = 10  # the same where no more frames are stated, as that is an estimate
+MAX_STATED = 10**8  # frames, 46 days of them; a file that states more states nothing
 MAX_BROKEN_LIVE = 3  # failures in a row: then a stream is lost
 MAX_LIST_BYTES = 1 << 28
 MAX_CAMERA_DIGITS = 9
@@ -211,7 +213,7 @@ class FrameReader:
             self._picture = self._fetch(str(sources.address))
 
     def count(self) -> int | None:
-        """How many pictures there will be, as far as the files say; None for a stream."""
+        """About how many pictures there will be; None for a stream, or if a file does not say."""
         if self._picture is not None:
             return 1
         if self.sources.address is not None:
@@ -221,8 +223,10 @@ class FrameReader:
             num_frames = 1
             if not is_image_name(path.name):
                 capture = _open_capture(str(path))
-                num_frames = max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
+                is_open, num_frames = capture.isOpened(), _stated_frames(capture)
                 capture.release()
+                if is_open and not num_frames:
+                    return None
             total += math.ceil(num_frames / self.vid_stride)
         return total
 
@@ -283,7 +287,7 @@ class FrameReader:
         capture = self._live_capture or self._open_live(address)
         self._live_capture = None
         suffix = PurePosixPath(urlsplit(origin).path).suffix.lower()
-        if capture.get(cv2.CAP_PROP_FRAME_COUNT) >= 1 or suffix in WITH_AN_END:  # a file elsewhere
+        if _stated_frames(capture) or suffix in WITH_AN_END:  # a file elsewhere
             try:
                 yield from self._video(capture, origin)
             finally:
@@ -293,8 +297,9 @@ class FrameReader:
 
     def _video(self, capture: cv2.VideoCapture, origin: str) -> Iterator[Frame]:
         """All frames; a copy of its neighbour stands in for one that is broken, for the length."""
-        stated = max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0)  # negative: it does not say
-        fps = _frame_rate(capture) / self.vid_stride
+        stated, rate = _stated_frames(capture), _frame_rate(capture)
+        fps = rate / self.vid_stride
+        reached = 0.0  # of the stated frames: where their distances vary, these are the time
         last: Frame | None = None
         broken: list[int] = []  # numbers in a row, up to now
         owed: list[int] = []  # numbers of copies that are due
@@ -303,9 +308,10 @@ class FrameReader:
             image = _next_image(capture, decode=is_due)
             if image is None:
                 broken.append(number)
-                if number >= stated or len(broken) >= MAX_BROKEN:
+                if len(broken) >= (MAX_BROKEN if number < stated else MAX_BROKEN_AT_END):
                     break
                 continue
+            reached = max(number, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 * rate + 1)
             if broken:
                 self._report(f"{origin}: {_span(broken)} cannot be decoded")
                 owed += [n for n in broken if (n - 1) % self.vid_stride == 0]
@@ -323,9 +329,7 @@ class FrameReader:
         if last is None:
             remedy = "; try to download it first" if "://" in origin else ""
             self._report(f"{origin}: no frame can be decoded{remedy}")
-        elif (
-            stated and len(broken) > 1 + stated // 50
-        ):  # some files only estimate how many there are
+        elif stated - reached > 1 + stated // 50:  # some files only estimate how many there are
             self._report(f"{origin}: ends after frame {broken[0] - 1} of {stated}")
 
     def _stream(
@@ -444,6 +448,12 @@ def _next_image(capture: cv2.VideoCapture, *, decode: bool) -> np.ndarray | None
     except cv2.error:
         return None
     return image if is_whole and image is not None and image.size else None
+
+
+def _stated_frames(capture: cv2.VideoCapture) -> int:
+    """How many a video has, by its own estimate; 0 where it does not say, or nonsense."""
+    count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+    return int(count) if 1 <= count <= MAX_STATED else 0
 
 
 def _frame_rate(capture: cv2.VideoCapture) -> float:
