@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,4 +115,21 @@ def test_the_command_to_go_on_starts_as_many_processes(monkeypatch, case):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     if job:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+    monkeypatch.setattr("utils.resume.sys", SimpleNamespace(platform="linux"))
     assert command_to_resume(Path("my run"), device, "--batch-size", "4") == command
+    monkeypatch.setattr("utils.resume.sys", SimpleNamespace(platform="win32"))
+    quoted = command.replace("'", '"')
+    assert command_to_resume(Path("my run"), device, "--batch-size", "4") == quoted
+
+
+@pytest.mark.parametrize(
+    ("folder", "typed"),
+    [
+        (r"runs\train\exp", r"runs\train\exp"),
+        (r"C:\Users\Ann Lee\exp", r'"C:\Users\Ann Lee\exp"'),
+        ("it's", "it's"),
+    ],
+)
+def test_a_path_of_windows_can_be_typed_there(monkeypatch, folder, typed):
+    monkeypatch.setattr("utils.resume.sys", SimpleNamespace(platform="win32"))
+    assert command_to_resume(folder, "") == f"python train.py --resume {typed}"

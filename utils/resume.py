@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import shlex
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -71,7 +73,8 @@ def command_to_resume(run_dir: Path, device: str, *flags: str) -> str:
         nodes = ["--nnodes", str(count // local), "--nproc_per_node", str(local)]
         meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:PORT"]
         start = ["torchrun", *nodes, *meeting, "train.py"]
-    return shlex.join([*start, "--resume", str(run_dir), *flags])
+    command = [*start, "--resume", str(run_dir), *flags]
+    return subprocess.list2cmdline(command) if sys.platform == "win32" else shlex.join(command)
 
 
 def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Resumed | None:
