@@ -66,6 +66,39 @@ def test_a_folder_that_cannot_be_filled_is_named_as_it_was_to_be(tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+@pytest.fixture
+def renames_no_folder(monkeypatch):
+    """As some network shares, and Windows while a file in it is open."""
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.is_dir():
+            raise PermissionError(errno.EACCES, "Access is denied", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+
+
+@pytest.mark.usefixtures("renames_no_folder")
+def test_a_folder_that_cannot_be_renamed_is_filled_in_its_place(tmp_path):
+    for expected in ("exp", "exp2"):
+        made = new_run_dir(tmp_path, fill=lambda folder: (folder / "file").touch())
+        assert made == tmp_path / expected
+        assert (made / "file").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exp", "exp2"]
+
+
+@pytest.mark.usefixtures("renames_no_folder")
+def test_nothing_is_left_where_that_fails_too(tmp_path):
+    def fill(folder):
+        if folder.parent == tmp_path:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder / "last.pt"))
+
+    with pytest.raises(OSError, match=r"cannot write to .*/exp: No space left on device; see"):
+        new_run_dir(tmp_path, fill=fill)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_new_run_dir_errors_name_the_reason(tmp_path):
     with pytest.raises(ValueError, match="--name is empty"):
         new_run_dir(tmp_path, " ")

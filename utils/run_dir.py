@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,8 @@ def new_run_dir(
         name: folder name of the first run.
         exist_ok: reuse `project/name` instead of counting up.
         fill: writes what the folder shall hold from the moment it has its name; a process killed
-            before leaves none. What is reused has its name already.
+            before leaves none. What is reused has its name already, and where the file system
+            renames no folders, `fill` is called again for one that has.
 
     Raises:
         ValueError: `name` is empty, or names no folder of its own.
@@ -140,7 +141,14 @@ def _fill_run_dir(first: Path, fill: Callable[[Path], None]) -> Path:
                 return folder.rename(candidate)
             except OSError:
                 if not candidate.exists():
-                    raise
+                    break
+    # Some shares rename no folder, nor does Windows while another program looks into it.
+    run_dir = _make_run_dir(first, exist_ok=False)
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, run_dir, ignore_errors=True)
+        fill(run_dir)
+        undo.pop_all()
+    return run_dir
 
 
 def _candidates(first: Path) -> Iterator[Path]:
