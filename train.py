@@ -56,7 +56,14 @@ from utils.training.networks import (
     load_teacher,
 )
 from utils.training.rehearsal import choose_batch_size
-from utils.training.report import draw_data, finish, log_epoch, open_results, show_progress
+from utils.training.report import (
+    closing_board,
+    draw_data,
+    finish,
+    log_epoch,
+    open_results,
+    show_progress,
+)
 from utils.training.run import Run, add_teacher, build_run
 from utils.training.saving import (
     is_saving_due,
@@ -133,13 +140,13 @@ def run_training(
             restore_run(run, resumed.content["training"])
     else:
         run.dir = ranks.from_first(lambda: open_run_dir(run))
-    results = open_results(run, train_split, val_split)
-
-    started = time.perf_counter()
-    with run.stop, saying_how_to_go_on(run), heap.settled():
-        train_epochs(run, train_loader, val_loader, results)
-        if results is not None:
-            finish(run, time.perf_counter() - started)
+    with closing_board(run):
+        results = open_results(run, train_split, val_split)
+        started = time.perf_counter()
+        with run.stop, saying_how_to_go_on(run), heap.settled():
+            train_epochs(run, train_loader, val_loader, results)
+            if results is not None:
+                finish(run, time.perf_counter() - started)
 
 
 def start_logging() -> None:

@@ -42,6 +42,7 @@ from utils.pruning import slimming
 from utils.pruning.slimming import AutoRate, SparsityPenalty, prunable_batchnorms
 from utils.pruning.verdict import Best, History
 from utils.resume import newest_unfinished
+from utils.tensorboard import Board
 from utils.training import rehearsal, report, saving, validation
 from utils.training.run import Run, build_run
 from utils.training.saving import save_position
@@ -2133,6 +2134,24 @@ def test_tensorboard_shows_figures_gammas_pictures_and_the_graph(base, tmp_path,
     model = load_detector(tmp_path / "runs/exp/weights/last.pt").model
     layers = {f"abs_gamma/{path}" for path in prunable_batchnorms(model)}
     assert set(tags["histograms"]) == layers
+
+
+@pytest.mark.parametrize("part", ["add_graph", "add_figures", "add_pictures"])
+def test_tensorboard_gets_what_it_was_given_before_a_run_fails(base, monkeypatch, part):
+    """It writes with a thread, which would end with the process and lose what waits."""
+    pytest.importorskip("tensorboard")
+    closed, close = [], Board.close
+
+    def close_on_a_full_disk(board):
+        close(board)
+        closed.append(board)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Board, part, raising(Interrupted()))
+    monkeypatch.setattr(Board, "close", close_on_a_full_disk)
+    with pytest.raises(Interrupted):
+        train.main([*base, "--epochs", "1", "--tensorboard"])
+    assert len(closed) == 1
 
 
 def test_a_missing_tensorboard_is_said_before_anything_is_read_or_made(base, tmp_path, monkeypatch):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
@@ -31,6 +32,25 @@ GAMMA_PICTURE_EPOCHS = 10  # drawing takes a second
 MOST_GAMMA_ROWS = 200
 
 T = TypeVar("T")
+
+
+@contextmanager
+def closing_board(run: Run) -> Iterator[None]:
+    """However the block ends, TensorBoard gets what it was given; a full disk hides no error."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            close_board(run)
+        raise
+    close_board(run)
+
+
+def close_board(run: Run) -> None:
+    """Write what is left for TensorBoard, if there is one."""
+    if run.board is not None:
+        run.board.close()
+        run.board = None
 
 
 def open_results(run: Run, train_split: Split, val_split: Split) -> ResultsCsv | None:
@@ -181,7 +201,6 @@ def finish(run: Run, seconds: float) -> None:
         plot_gammas(run)
     if run.board is not None:
         run.board.add_pictures(sorted(run.dir.glob("*.png")), run.options.epochs)
-        run.board.close()
     LOGGER.info("%.1f minutes; results in %s", seconds / 60, run.dir)
     for path in (best, last):
         if path.is_file():
