@@ -30,6 +30,14 @@ def test_new_run_dir_counts_up(tmp_path, existing, expected):
     assert made.is_dir()
 
 
+@pytest.mark.parametrize("fill", [None, lambda folder: (folder / "file").touch()])
+def test_new_run_dir_takes_the_name_itself_with_exist_ok(tmp_path, fill):
+    """Also where there are later numbers of it."""
+    (tmp_path / "exp2").mkdir()
+    for _ in range(2):
+        assert new_run_dir(tmp_path, exist_ok=True, fill=fill) == tmp_path / "exp"
+
+
 def test_new_run_dir_reuses_with_exist_ok(tmp_path):
     first = new_run_dir(tmp_path / "runs" / "train", "coco", exist_ok=True)
     again = new_run_dir(tmp_path / "runs" / "train", "coco", exist_ok=True)

@@ -96,7 +96,7 @@ def new_run_dir(
         raise ValueError(f"--name {name}: expected the name of a folder to make in {project}")
     try:
         if fill is not None and not (exist_ok and first.exists()):
-            return _fill_run_dir(first, fill)
+            return _fill_run_dir(first, exist_ok, fill)
         run_dir = _make_run_dir(first, exist_ok)
         with tempfile.TemporaryFile(dir=run_dir):  # now, not after hours of work
             pass
@@ -128,24 +128,23 @@ def _make_run_dir(first: Path, exist_ok: bool) -> Path:
             return candidate
 
 
-def _fill_run_dir(first: Path, fill: Callable[[Path], None]) -> Path:
+def _fill_run_dir(first: Path, exist_ok: bool, fill: Callable[[Path], None]) -> Path:
     first.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(first.parent) as staging:
         folder = staging / first.name
         folder.mkdir()
         fill(folder)
-        candidates = _candidates(first)
-        while True:
-            candidate = next(candidates)
+        for candidate in [first] if exist_ok else _candidates(first):
             try:
                 return folder.rename(candidate)
             except OSError:
                 if not candidate.exists():
                     break
     # Some shares rename no folder, nor does Windows while another program looks into it.
-    run_dir = _make_run_dir(first, exist_ok=False)
+    run_dir = _make_run_dir(first, exist_ok)
     with ExitStack() as undo:
-        undo.callback(shutil.rmtree, run_dir, ignore_errors=True)
+        if not exist_ok:  # else it may be another's
+            undo.callback(shutil.rmtree, run_dir, ignore_errors=True)
         fill(run_dir)
         undo.pop_all()
     return run_dir
