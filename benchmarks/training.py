@@ -147,7 +147,8 @@ def _prepare(
     options: argparse.Namespace, size: str
 ) -> tuple[argparse.Namespace, Inputs, torch.device, Model, int]:
     """Options of train.py, what it finds, and a network with the image size that suits it."""
-    argv = ["--cfg", f"yolov5{size}.yaml", "--nominal-batch", str(options.batch)]
+    # There is no run folder: what train.py saves every ten minutes has no place.
+    argv = ["--cfg", f"yolov5{size}.yaml", "--nominal-batch", str(options.batch), "--nosave"]
     names = ("data", "weights", "hyp", "img", "batch", "optimizer", "workers", "device")
     flags, _ = train.parse_args([*argv, *harness.format_flags(options, names)])
     inputs = find_inputs(flags, None)
