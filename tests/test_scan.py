@@ -121,6 +121,58 @@ def test_find_images_in_folders(tmp_path):
     assert problems == []
 
 
+def make_images(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def found_below(source):
+    return [Path(path).relative_to(source).as_posix() for path in find_images(source)[0]]
+
+
+def test_folders_that_link_to_each_other_are_searched_once(tmp_path, caplog):
+    """Four of them gave each image 16 times, and the effort grew ninefold with each more."""
+    numbers = range(4)
+    make_images(tmp_path, *(f"{n}/{n}.jpg" for n in numbers))
+    for n in numbers:
+        for other in set(numbers) - {n}:
+            (tmp_path / f"{n}/to{other}").symlink_to(tmp_path / str(other))
+    assert found_below(tmp_path) == [f"{n}/{n}.jpg" for n in numbers]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "0/to1 leads to a folder" in caplog.text
+    assert "as are 11 others" in caplog.text
+
+
+def test_a_link_up_does_not_bring_in_the_other_splits(tmp_path, caplog):
+    train = tmp_path / "images/train"
+    make_images(tmp_path / "images", "train/a.jpg", "val/b.jpg")
+    (train / "again").symlink_to("../../images")
+    assert found_below(train) == ["a.jpg"]
+    assert f"{train / 'again'} leads" in caplog.text
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path, caplog):
+    train, disk = tmp_path / "images/train", tmp_path / "disk/images"
+    make_images(disk, "a.jpg", "sub/b.jpg")
+    train.mkdir(parents=True)
+    (train / "part").symlink_to(disk)
+    assert found_below(train) == ["part/a.jpg", "part/sub/b.jpg"]
+    assert not caplog.text
+    make_images(tmp_path, "disk/c.jpg")
+    (disk / "up").symlink_to(tmp_path / "disk")
+    assert found_below(train) == ["part/a.jpg", "part/sub/b.jpg"]
+    (train / "second").symlink_to(disk / "sub")  # part comes first
+    assert found_below(train) == ["part/a.jpg", "part/sub/b.jpg"]
+
+
+def test_a_link_that_a_list_of_sources_names_is_a_source_of_its_own(tiny_dataset):
+    link = tiny_dataset.images.with_name("linked")
+    link.symlink_to(tiny_dataset.images)
+    split = scan_split([tiny_dataset.images, link], tiny_dataset.names, cache=False)
+    assert split.report.num_found == 2 * len(find_images(link)[0])
+
+
 def test_find_images_in_lists(tmp_path, monkeypatch):
     (tmp_path / "cwd" / "here").mkdir(parents=True)
     (tmp_path / "cwd" / "here" / "c.jpg").write_bytes(b"")

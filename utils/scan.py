@@ -10,6 +10,7 @@ disk.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import itertools
 import json
 import logging
@@ -248,7 +249,7 @@ def find_images(source: Path) -> tuple[list[str], list[str]]:
     """List the images of one source.
 
     Args:
-        source: a folder, searched with all its subfolders (links to folders are followed), or a
+        source: a folder, searched with all its subfolders and what they link to elsewhere, or a
             `.txt` list with one path per line. Relative entries of a list are relative to the
             list's folder, or failing that to the working directory.
 
@@ -269,20 +270,31 @@ def find_images(source: Path) -> tuple[list[str], list[str]]:
     return _read_list(source)
 
 
-def _walk_images(folder: str) -> Iterable[str]:
-    """Image files in a folder and all below it, in any order."""
-    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
-    while waiting:
-        folder, ancestors = waiting.pop()
+def _walk_images(source: str) -> Iterable[str]:
+    """Image files in a folder and all below it, in any order; of each real folder once.
+
+    What lies below it comes before links, so that a link to it is what is passed over. So is a link
+    to what contains the folder, which may hold the images of other splits.
+    """
+    seen: set[tuple[int, int]] = set()
+    waiting, passed_over = [source], []
+    links: list[str] = []  # a heap: the order is always the same
+    while waiting or links:
+        is_link = not waiting
+        folder = heapq.heappop(links) if is_link else waiting.pop()
         try:
             status = os.stat(folder)  # noqa: PTH116 (see is_image_name)
             real = status.st_dev, status.st_ino
-            if real in ancestors:  # a link that leads back up
+            if real in seen or (is_link and _contains(folder, source)):
+                passed_over.append(folder)
                 continue
+            seen.add(real)
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.is_dir():
-                        waiting.append((entry.path, ancestors | {real}))
+                    if entry.is_symlink() and entry.is_dir():
+                        heapq.heappush(links, entry.path)
+                    elif entry.is_dir():
+                        waiting.append(entry.path)
                     elif is_image_name(entry.name):
                         yield entry.path
         except OSError as error:
@@ -290,6 +302,19 @@ def _walk_images(folder: str) -> Iterable[str]:
                 f"{folder}: the folder cannot be read ({error.strerror}); give yourself the "
                 "permission, or connect its drive again"
             ) from None
+    if passed_over:
+        LOGGER.warning(
+            "warning: %s leads to a folder that %s holds anyway, or that holds it; passed over%s",
+            passed_over[0],
+            source,
+            f", as are {len(passed_over) - 1} others" if passed_over[1:] else "",
+        )
+
+
+def _contains(link: str, source: str) -> bool:
+    """Whether a link leads up: to what the source, or the link itself, lies in."""
+    target = Path(link).resolve()
+    return any(Path(path).resolve().is_relative_to(target) for path in (source, Path(link).parent))
 
 
 def _read_list(source: Path) -> tuple[list[str], list[str]]:
