@@ -31,6 +31,7 @@ from utils import ranks
 from utils.atomic import staging_folder
 from utils.checkpoint import build_checkpoint, load_checkpoint, load_detector, save_checkpoint
 from utils.config import load_hyperparameters
+from utils.distill import DistillationGains
 from utils.evaluate import EvaluationResult, evaluate
 from utils.evolve import read_history
 from utils.lasting_output import lasting_output
@@ -44,10 +45,11 @@ from utils.pruning.verdict import Best, History
 from utils.resume import newest_unfinished
 from utils.tensorboard import Board
 from utils.training import rehearsal, report, saving, validation
-from utils.training.run import Run, build_run
+from utils.training.run import BeforeStep, Run, build_run
 from utils.training.saving import save_position
 from utils.training.sparsity import give_verdict, is_verdict_due
 from utils.training.step import MAX_GRADIENT_NORM, clip_gradients, compute_loss, optimizer_step
+from utils.training.trouble import check_loss
 from utils.training.validation import validate
 
 
@@ -1532,6 +1534,33 @@ def test_a_loss_that_has_run_away_is_recovered_from(base, tmp_path, run_away, ca
     rows = results_of(tmp_path / "runs/exp")
     assert [row["epoch"] for row in rows] == ["0", "1", "2"]
     assert all(float(row["train/obj_loss"]) < 10 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("batches", "waiting", "mean", "teacher", "is_too_large"),
+    [
+        pytest.param(0, 500, 5, False, False, id="before the first step"),
+        pytest.param(10, 500, 5, False, False, id="within a long accumulation"),
+        pytest.param(10, 0, 5, False, False, id="after a step"),
+        pytest.param(10, 500, 2000, False, True, id="too large"),
+        pytest.param(10, 0, 2000, True, False, id="half of it the teacher's"),
+        pytest.param(10, 0, 4000, True, True, id="too large with a teacher"),
+    ],
+)
+def test_only_batches_with_a_step_count_for_a_loss_that_has_run_away(
+    batches, waiting, mean, teacher, is_too_large
+):
+    """Else a stop before the first step of many batches would save nothing."""
+    gains = DistillationGains(box=0.1, obj=0.9, cls=0.5)
+    run = SimpleNamespace(
+        batches=batches,
+        loss_sums=torch.tensor([mean * (batches + waiting)]),
+        before=BeforeStep([], torch.tensor([mean * batches])) if waiting else None,
+        loss=SimpleNamespace(settings=LossSettings(box=0.1, obj=0.9, cls=0.5)),
+        distillation=SimpleNamespace(gains=gains) if teacher else None,
+    )
+    with pytest.raises(FloatingPointError) if is_too_large else contextlib.nullcontext():
+        check_loss(run, 0)
 
 
 def test_an_optimizer_that_is_spoilt_alone_is_recovered_from(base, tmp_path, monkeypatch, caplog):

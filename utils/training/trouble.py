@@ -82,13 +82,19 @@ def check_weights(run: Run, epoch: int) -> None:
 def check_loss(run: Run, epoch: int) -> None:
     """Stop where the mean loss of the epoch so far is beyond all measure: weights follow it.
 
+    It is that of the batches the network has learnt from, not of those that wait for their step.
+
     Raises:
         FloatingPointError: it is; what was saved last is better than this.
     """
-    mean = ranks.add_up(run.loss_sums).sum().item() / max(run.batches, 1)
+    sums = run.loss_sums if run.before is None else run.before.loss_sums
+    mean = ranks.add_up(sums).sum().item() / max(run.batches, 1)
     gains = run.loss.settings
     obj, cls = gains.obj * max(gains.obj_pw, 1), gains.cls * max(gains.cls_pw, 1)
-    if mean > FAR_TOO_LARGE * (gains.box + obj + cls):
+    scale = gains.box + obj + cls
+    if run.distillation is not None:
+        scale += sum(dataclasses.astuple(run.distillation.gains))
+    if mean > FAR_TOO_LARGE * scale:
         raise FloatingPointError(f"the mean loss of epoch {epoch} is {mean:.2g}: it has run away")
 
 
