@@ -522,6 +522,27 @@ def test_a_kill_within_a_long_validation_costs_no_training(
     assert_same_state(load_checkpoint(parts / "weights/last.pt")["training"], whole)
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_other_processes_and_another_precision_are_said(
+    base, tmp_path, monkeypatch, caplog, is_known
+):
+    """`--amp auto` chooses by the machine. A version before has saved neither."""
+    caplog.set_level("INFO")
+    train_until(monkeypatch, 0, [*base, "--epochs", "2"])
+    last = tmp_path / "runs/exp/weights/last.pt"
+    content = load_checkpoint(last)
+    saved = {name: content["training"].pop(name) for name in ("processes", "precision")}
+    assert saved == {"processes": 1, "precision": "float32"}
+    if is_known:
+        content["training"] |= {"processes": 4, "precision": "bfloat16"}
+    save_checkpoint(last, content)
+    monkeypatch.setattr(train, "train_epochs", lambda *_: None)
+    monkeypatch.setattr(train, "finish", lambda *_: None)
+    train.main(["--resume", str(last)])
+    for line in ("processes: 1 now, 4 when", "precision: float32 now, bfloat16 when"):
+        assert (f"{line} the run was saved" in caplog.messages) == is_known
+
+
 @pytest.mark.parametrize(("is_known", "expected"), [(True, [(1, 2)]), (False, [])])
 def test_a_resumed_run_knows_how_long_a_validation_takes(
     base, tmp_path, monkeypatch, is_known, expected

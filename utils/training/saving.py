@@ -92,6 +92,9 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     run.overflows_float16 |= state.get("overflows_float16", False)
     run.schedule = dataclasses.replace(run.schedule, factor=state.get("lr_factor", 1.0))
     warn_of_other_data(state.get("data", {}), run.data)
+    for name in ("processes", "precision"):  # versions before kept neither
+        if state.get(name, fresh[name]) != fresh[name]:
+            LOGGER.info("%s: %s now, %s when the run was saved", name, fresh[name], state[name])
     if run.penalty is not None and "penalty" in state:  # versions before had none
         run.penalty.load_state_dict(state["penalty"])
     restore_gammas(run, state)
@@ -127,6 +130,8 @@ def training_state(run: Run, epoch: int, is_last: bool) -> dict[str, Any]:
         "loss_sums": run.loss_sums.tolist(),
         "batch_size": run.options.batch_size,
         "lr_factor": run.schedule.factor,
+        "processes": devices.world_size(),
+        "precision": str(run.precision).removeprefix("torch."),
         "data": run.data,
         "best_fitness": run.best_fitness,
         "best_epoch": run.best_epoch,
