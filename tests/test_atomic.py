@@ -44,6 +44,19 @@ def test_an_error_leaves_the_previous_file(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_two_writers_do_not_mix_their_bytes(tmp_path):
+    """Even with the same process number, as in two containers that share a drive."""
+    path = tmp_path / "a.bin"
+    with atomic_write(path) as first:
+        first.write(b"first")
+        first.flush()
+        with atomic_write(path) as second:
+            second.write(b"2nd")
+        assert path.read_bytes() == b"2nd"
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "absent" / "a.bin"):
         pass
@@ -115,6 +128,14 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
     move_into_place(make_folder(tmp_path / "new", "new"), old)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert [path.name for path in old.iterdir()] == ["new"]
+
+
+def test_a_folder_set_aside_by_a_killed_process_is_not_in_the_way(tmp_path):
+    left_over = make_folder(tmp_path / f"model.{os.getpid()}.old", "other")
+    old = make_folder(tmp_path / "model", "old")
+    move_into_place(make_folder(tmp_path / "new", "new"), old)
+    assert [path.name for path in old.iterdir()] == ["new"]
+    assert [path.name for path in left_over.iterdir()] == ["other"]
 
 
 def test_a_folder_that_cannot_be_moved_leaves_the_other(tmp_path, monkeypatch):

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,14 @@ def test_script_writes_yolo_layout_and_says_so(tmp_path):
         assert [path.stem for path in images] == [path.stem for path in labels]
         assert len(images) == count
         assert cv2.imread(str(images[0])).shape == (96, 96, 3)
+
+
+def test_another_writer_of_the_same_process_number_is_left_alone(tmp_path):
+    """As in two containers that share a drive."""
+    others = tmp_path / f".shapes.{os.getpid()}.tmp/images/train"
+    others.mkdir(parents=True)
+    make_shapes.make_dataset(tmp_path / "shapes", 0, (1, 1), 64)
+    assert others.is_dir()
 
 
 def test_same_seed_same_files_and_more_images_begin_alike(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -28,10 +29,10 @@ def atomic_write(path: str | Path, *, is_precious: bool = True) -> Iterator[Bina
         OSError: it cannot be written; `filename` is `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_own_mark()}.tmp")
     try:
         with name_in_errors(path, temporary):
-            with temporary.open("wb") as file:
+            with temporary.open("xb") as file:
                 yield file
                 file.flush()
                 if is_precious:
@@ -40,6 +41,11 @@ def atomic_write(path: str | Path, *, is_precious: bool = True) -> Iterator[Bina
     finally:
         with contextlib.suppress(OSError):  # the drive has gone, for example
             temporary.unlink(missing_ok=True)
+
+
+def _own_mark() -> str:
+    """For temporary names: containers that share a drive may have the same process numbers."""
+    return secrets.token_hex(4)
 
 
 @contextmanager
@@ -84,7 +90,7 @@ def move_into_place(source: Path, target: Path) -> None:
     if not target.is_dir():
         source.replace(target)
         return
-    old = target.with_name(f"{target.name}.{os.getpid()}.old")
+    old = target.with_name(f"{target.name}.{_own_mark()}.old")
     target.replace(old)
     try:
         source.replace(target)

@@ -8,8 +8,6 @@ the images of the smaller one.
 """
 
 import argparse
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +15,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from numpy.random import Generator
+
+from utils.atomic import staging_folder
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ("train", "val")
@@ -62,18 +62,16 @@ def main() -> None:
 def make_dataset(out: Path, seed: int, num_images: tuple[int, int], size: int) -> int:
     """Write images and labels of both splits in YOLO layout; return the number of boxes.
 
-    Everything is written under a temporary name, so `out` is complete or absent.
+    Everything is written in a temporary folder, so `out` is complete or absent.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with staging_folder(out.parent) as staging:
+        unfinished = staging / out.name
         num_boxes = sum(
             _write_split(unfinished, split, seed, count, size)
             for split, count in zip(SPLITS, num_images, strict=True)
         )
         unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return num_boxes
 
 
