@@ -46,7 +46,12 @@ from utils.optim import set_step
 from utils.resume import Resumed, find_resumed, naming_damage, summarize_data, summarize_teacher
 from utils.run_dir import ResultsCsv
 from utils.stopping import Stopped
-from utils.training.inputs import check_processes, check_share, find_inputs
+from utils.training.inputs import (
+    check_processes,
+    check_share,
+    check_smallest_batch,
+    find_inputs,
+)
 from utils.training.loaders import build_loaders, check_images_are_here, scan_splits
 from utils.training.networks import (
     best_of_source,
@@ -117,6 +122,7 @@ def run_training(
     teacher, best_of_teacher = load_teacher(inputs, options, model)
     frozen_norms = freeze_rows(model, options)
     imgsz = round_imgsz(options.imgsz, model.max_stride)
+    check_smallest_batch(options, imgsz, model.max_stride)
     train_split, val_split = ranks.from_first(lambda: scan_splits(inputs.data, options))
     check_images_are_here(train_split, val_split)
     if not resumed:
@@ -125,6 +131,7 @@ def run_training(
         options.batch_size = choose_batch_size(
             options, inputs, model, teacher, imgsz, device, precision
         )
+    check_smallest_batch(options, imgsz, model.max_stride, len(train_split))
     train_loader, val_loader = build_loaders(
         options, inputs.hyp, train_split, val_split, imgsz, model.max_stride
     )

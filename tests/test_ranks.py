@@ -1,5 +1,6 @@
 """Several processes train what one would, write once, and end together."""
 
+import contextlib
 import copy
 import csv
 import json
@@ -29,7 +30,7 @@ from utils.flags.train import parse_args
 from utils.loss import DetectionLoss, LossSettings
 from utils.optim import ModelEma
 from utils.pruning.slimming import SparsityPenalty, prunable_batchnorms
-from utils.training.inputs import check_processes
+from utils.training.inputs import check_processes, check_smallest_batch
 from utils.training.loaders import check_images_are_here
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,6 +143,31 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch, case):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=words):
         check_processes(parse_args(flags)[0], torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_images", "processes", "words"),
+    [
+        (["--img", "32", "--batch", "1"], 0, 1, r"1 is one image; .* 32: give --imgsz 64"),
+        (["--img", "32", "--batch", "8"], 9, 1, "leaves one of 9 images in the last batch"),
+        (["--img", "32", "--batch", "8"], 10, 1, None),
+        (["--img", "32", "--batch", "8"], 0, 1, None),
+        (["--img", "64", "--batch", "1"], 9, 1, None),
+        (["--img", "64", "--batch", "1", "--multi-scale"], 9, 1, r"halves: give --imgsz 128, or"),
+        (["--img", "96", "--batch", "1", "--multi-scale"], 9, 1, None),
+        (["--img", "32", "--batch", "2"], 0, 2, "is one image for each of 2 processes;"),
+        (["--img", "32", "--batch", "4"], 7, 2, "one of 7 images for each of 2 processes in the"),
+        (["--img", "32", "--batch", "8"], 12, 2, None),
+        (["--img", "32", "--batch", "2", "--sync-bn"], 9, 2, None),
+    ],
+)  # fmt: skip
+def test_a_process_with_one_image_of_one_cell(monkeypatch, flags, num_images, processes, words):
+    """torch refuses to train a batch norm with it."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    options = parse_args(flags)[0]
+    refused = pytest.raises(ValueError, match=words) if words else contextlib.nullcontext()
+    with refused:
+        check_smallest_batch(options, options.imgsz, 32, num_images)
 
 
 def test_an_image_that_another_machine_lacks_is_named(tmp_path):

@@ -1584,6 +1584,15 @@ def test_only_batches_with_a_step_count_for_a_loss_that_has_run_away(
         check_loss(run, 0)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_image_of_one_cell_is_refused_before_there_is_a_run_folder(base, tmp_path, batch):
+    """The first of all batches, or the last: torch would end the run within the epoch."""
+    flags = ["--cfg", "yolov5n.yaml", "--img", "32", "--batch", str(batch), "--epochs", "1"]
+    with pytest.raises(ValueError, match="batch norms cannot learn from one at --imgsz 32: give"):
+        train.main([*base, *flags])
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_optimizer_that_is_spoilt_alone_is_recovered_from(base, tmp_path, monkeypatch, caplog):
     """A square that overflows leaves the weights as they are: the step divides by it."""
     original, calls = train.optimizer_step, []

@@ -159,3 +159,37 @@ def check_share(options: argparse.Namespace, count: int) -> None:
         raise ValueError(
             f"--batch-size {options.batch_size} cannot be shared evenly by {count} processes"
         )
+
+
+def check_smallest_batch(
+    options: argparse.Namespace, imgsz: int, stride: int, num_images: int = 0
+) -> None:
+    """Stop if a batch norm would get a single number a channel: of one image, one cell large.
+
+    Args:
+        options: of the run.
+        imgsz: side of the network input in pixels, a multiple of the stride.
+        stride: of the coarsest level, in pixels.
+        num_images: for training; 0 while it is not known.
+
+    Raises:
+        ValueError: it would; names a size of images that is large enough.
+    """
+    count = devices.world_size()
+    is_one_cell = imgsz == stride or (options.multi_scale and round(imgsz // 2 / stride) <= 1)
+    is_summed_up = options.sync_bn and count > 1
+    if not is_one_cell or is_summed_up or options.batch_size == AUTO_BATCH:
+        return
+    each = f" for each of {count} processes" if count > 1 else ""
+    if options.batch_size == count:
+        what = f"is one image{each}"
+    elif 0 < num_images % options.batch_size < 2 * count:
+        what = f"leaves one of {num_images} images{each} in the last batch"
+    else:
+        return
+    halved = ", which --multi-scale halves" if options.multi_scale else ""
+    raise ValueError(
+        f"--batch-size {options.batch_size} {what}; batch norms cannot learn from one at --imgsz "
+        f"{imgsz}{halved}: give --imgsz {(4 if options.multi_scale else 2) * stride}, or another "
+        "--batch-size"
+    )
