@@ -15,13 +15,14 @@ def system(tmp_path, monkeypatch):
     """A system that says nothing: no /proc/meminfo, no control groups, no sysconf."""
     groups = [(tmp_path / str(n), *group[1:]) for n, group in enumerate(memory.CONTROL_GROUPS, 1)]
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(memory, "CONTROL_GROUPS", groups)
     monkeypatch.setattr(memory, "os", SimpleNamespace())
     return tmp_path
 
 
 def write_group(folder, **files):
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / f"memory.{name}").write_text(f"{content}\n")
 
@@ -90,4 +91,32 @@ def test_containers(system, version, files, expected):
     """What the kernel holds of files that were read once is not in the way of a cache."""
     (system / "meminfo").write_text("MemAvailable: 1000 kB\n")
     write_group(system / str(version), **files)
+    assert memory.available_memory() == expected
+
+
+V1, V2 = "5:cpu,cpuacct:/other\n4:memory:/jobs/a\n1:name=systemd:/b\n", "0::/jobs/a\n"
+
+
+@pytest.mark.parametrize(
+    ("membership", "limits", "expected"),
+    [
+        pytest.param(V2, {"1/jobs/a": 9000}, 9000, id="own"),
+        pytest.param(V2, {"1/jobs/a": "max", "1/jobs": 8000}, 8000, id="parent"),
+        pytest.param(V2, {"1/jobs/a": 9000, "1/jobs": 8000}, 8000, id="least"),
+        pytest.param(V2, {"1/jobs/b": 5000}, 1000 * 1024, id="not own"),
+        pytest.param(V2, {"1": 7000}, 7000, id="path outside the container"),
+        pytest.param("0::/../b\n", {"1": 7000}, 7000, id="path above the container"),
+        pytest.param("damaged\n", {"1": 7000}, 7000, id="damaged"),
+        pytest.param(V1, {"2/jobs/a": 9000, "2": 2**62}, 9000, id="version 1"),
+        pytest.param(V1, {"2/jobs": 8000, "1/jobs/a": 5000}, 8000, id="version 1 parent"),
+        pytest.param(V1 + V2, {"2/jobs/a": 9000, "1/jobs/a": 8000}, 8000, id="both"),
+    ],
+)
+def test_nested_groups(system, membership, limits, expected):
+    """As of a job of Slurm, or a service of systemd: the root has no limit."""
+    (system / "meminfo").write_text("MemAvailable: 1000 kB\n")
+    (system / "membership").write_text(membership)
+    for folder, limit in limits.items():
+        names = {"1": ("max", "current"), "2": ("limit_in_bytes", "usage_in_bytes")}[folder[0]]
+        write_group(system / folder, **dict(zip(names, (limit, 0), strict=True)))
     assert memory.available_memory() == expected

@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
-# Control groups, version 2 and 1: folder, limit, use, and how memory.stat calls the cached files
-# among the latter that were not looked at for long. The kernel gives those up before anything else,
-# so they count as free, as in the working set that Kubernetes measures.
+MEMBERSHIP = Path("/proc/self/cgroup")  # lines `number:controllers:/path of the group`
+# Control groups, version 2 and 1: root folder, controller, limit, use, and how memory.stat calls
+# the cached files among the latter that were not looked at for long. The kernel gives those up
+# before anything else, so they count as free, as in the working set that Kubernetes measures.
 CONTROL_GROUPS = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup"), "", "memory.max", "memory.current", "inactive_file"),
     (
         Path("/sys/fs/cgroup/memory"),
+        "memory",
         "memory.limit_in_bytes",
         "memory.usage_in_bytes",
         "total_inactive_file",
@@ -25,7 +27,9 @@ SHARE_UNTOLD = 0.5  # of all memory, where the system says how much there is, bu
 
 def available_memory() -> int | None:
     """Bytes; None where the system does not say."""
-    rooms = [_room_in_machine(), *(_room_in_group(*group) for group in CONTROL_GROUPS)]
+    rooms = [_room_in_machine()]
+    for root, controller, *files in CONTROL_GROUPS:
+        rooms += [_room_in_group(folder, *files) for folder in _own_groups(root, controller)]
     return min((room for room in rooms if room is not None), default=None)
 
 
@@ -54,6 +58,21 @@ class _WindowsStatus(ctypes.Structure):
         ("free_physical", ctypes.c_uint64),
         ("others", ctypes.c_uint64 * 5),
     )
+
+
+def _own_groups(root: Path, controller: str) -> list[Path]:
+    """The group of this process and all that it is nested in: the limits of each hold.
+
+    In a container the path may be that outside of it; what is not there has no limit here.
+    """
+    try:
+        lines = MEMBERSHIP.read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    rows = [row for line in lines if len(row := line.split(":", 2)) == 3]
+    path = next((path for _, names, path in rows if controller in names.split(",")), "/")
+    own = root / path.lstrip("/")
+    return [own, *(folder for folder in own.parents if folder.is_relative_to(root))]
 
 
 def _room_in_group(folder: Path, limit: str, usage: str, inactive: str) -> int | None:
