@@ -195,6 +195,14 @@ def test_nothing_found_still_gives_files(run, tmp_path):
     assert abs(read_image(run_dir / "a.jpg").astype(int) - 10).max() <= 2
 
 
+def test_long_class_names_make_folders_of_their_own(tmp_path):
+    """A checkpoint may hold any; beyond 255 bytes "File name too long" ended the run."""
+    folders = detect.choose_folders(["x" * 299 + "a", "x" * 299 + "b", "dog"])
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+    assert folders[2] == "dog"
+
+
 # File names that are legal on Linux; without suffix.
 ODD_NAMES = {
     "spaces": "  a  b ", "quotes": "it's \"so\" `x` $HOME", "unicode": "ä 漢字 e\u0301",

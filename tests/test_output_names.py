@@ -52,6 +52,9 @@ def test_numbered_files_of_a_video_hit_no_image(stem, others, expected):
         ("N/A", "N_A"),
         ("../../etc", "_.._etc"),
         ("a:b?\n", "a_b_"),
+        ("x" * 300, "x" * 230),
+        ("a" + "雨" * 100, "a" + "雨" * 76),
+        ("x" * 229 + " " + "y" * 9, "x" * 229),
     ],
 )
 def test_safe_name(text, expected):

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+MAX_NAME_BYTES = 230  # file systems take 255; numbers and a suffix may follow
 _NOT_IN_FILE_NAMES = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f]+')
 
 
@@ -44,5 +45,8 @@ def stem_for_numbers(stem: str, others: Collection[str]) -> str:
 
 
 def safe_name(text: str) -> str:
-    """Text as the name of a file or folder on any system."""
-    return _NOT_IN_FILE_NAMES.sub("_", text).strip(". ") or "_"
+    """Text as the name of a file or folder on any system; cut if it is too long for one."""
+    name = _NOT_IN_FILE_NAMES.sub("_", text).strip(". ")[:MAX_NAME_BYTES]
+    while len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+        name = name[:-1]
+    return name.rstrip(". ") or "_"
