@@ -69,9 +69,22 @@ def test_a_folder_that_cannot_be_filled_is_named_as_it_was_to_be(tmp_path):
     def fill(folder):
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / "last.pt"))
 
-    with pytest.raises(OSError, match=r"cannot write to .*/runs/exp: No space left on device; see"):
+    with pytest.raises(
+        OSError, match=r"write to .*/runs/exp: No space left on device; free some s"
+    ):
         new_run_dir(tmp_path / "runs", fill=fill)
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_what_is_said_of_a_busy_folder_stays_as_it_is(tmp_path):
+    """Another --project is no remedy, and the folder needs no second mention."""
+    (tmp_path / "exp").mkdir()
+
+    def fill(folder):
+        raise OSError(f"{folder}: process 1 on host is writing there; wait until it has ended")
+
+    with pytest.raises(OSError, match=rf"^{tmp_path}/exp: process 1 .* it has ended$"):
+        new_run_dir(tmp_path, exist_ok=True, fill=fill)
 
 
 @pytest.fixture
@@ -102,7 +115,7 @@ def test_nothing_is_left_where_that_fails_too(tmp_path):
         if folder.parent == tmp_path:
             raise OSError(errno.ENOSPC, "No space left on device", str(folder / "last.pt"))
 
-    with pytest.raises(OSError, match=r"cannot write to .*/exp: No space left on device; see"):
+    with pytest.raises(OSError, match=r"write to .*/exp: No space left on device; free some space"):
         new_run_dir(tmp_path, fill=fill)
     assert list(tmp_path.iterdir()) == []
 

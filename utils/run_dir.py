@@ -5,6 +5,7 @@ run leaves the previous content or the new one, never half of it.
 """
 
 import csv
+import errno
 import io
 import itertools
 import re
@@ -87,7 +88,8 @@ def new_run_dir(
 
     Raises:
         ValueError: `name` is empty, or names no folder of its own.
-        OSError: the folder cannot be made or written to (no permission, a file is in the way).
+        OSError: the folder cannot be made or written to (no permission, a file is in the way), or
+            `fill` says why it does not.
     """
     if not name.strip():
         raise ValueError("a run needs a name; --name is empty")
@@ -104,9 +106,13 @@ def new_run_dir(
             fill(run_dir)
         return run_dir
     except OSError as error:
-        reason = error.strerror or error
+        if error.errno is None:  # another run is at work there: it is all said
+            raise
+        reason = error.strerror
         if isinstance(error, FileExistsError | NotADirectoryError):
             reason = f"{_first_file(first)} is no folder"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"{reason}; free some space"
         raise OSError(f"cannot write to {first}: {reason}; see --project, --name") from None
 
 
