@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from utils.atomic import move_into_place, staging_folder
+from utils.atomic import move_into_place, name_in_errors, staging_folder
 from utils.backends import InferenceError, Network, PytorchNetwork, import_runtime, load_network
 from utils.command import run_command
 from utils.config import DatasetSpec
@@ -98,10 +98,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     for export_format in options.include:
         start = time.perf_counter()
-        with staging_folder(weights.parent) as folder:
+        place = weights.parent
+        with staging_folder(place) as folder, name_in_errors(place, folder):
             written = exporter.write(export_format, folder, stem)
             check_export(written, trial)
-            target = weights.parent / written.name
+            target = place / written.name
             replaces = ", replaces the one before" if target.exists() else ""
             move_into_place(written, target)
         LOGGER.info(

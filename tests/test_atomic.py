@@ -84,6 +84,14 @@ def test_errors_of_other_files_and_messages_stay_as_they_are(tmp_path):
     assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path))
 
 
+def test_a_file_in_a_temporary_folder_is_named_where_it_shall_be(tmp_path):
+    inside = str(tmp_path / "staging/model/a.bin")
+    full = pytest.raises(OSError, match="full")
+    with full as caught, name_in_errors(tmp_path, tmp_path / "staging"):
+        raise OSError(28, "full", inside)
+    assert caught.value.filename == str(tmp_path / "model/a.bin")
+
+
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 def test_a_staging_folder_goes_with_what_is_left_in_it(tmp_path, error):
     def work():

@@ -52,12 +52,16 @@ def _own_mark() -> str:
 def name_in_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
     """Errors of the system within the block name this file.
 
-    A disk that is full does not say for which file, and a temporary name says nothing to users.
+    A disk that is full does not say for which file, and a temporary name says nothing to users. Of
+    a folder, what lies in it is named likewise.
     """
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename in (None, temporary and str(temporary)):
+        name = error.filename
+        if isinstance(name, str) and temporary is not None and Path(name).is_relative_to(temporary):
+            path, name = path / Path(name).relative_to(temporary), None
+        if error.errno is not None and name is None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 

@@ -189,7 +189,7 @@ def write_openvino(onnx_path: Path, metadata: ExportMetadata, folder: Path, stem
         openvino.save_model(model, str(folder / f"{stem}.xml"), compress_to_fp16=is_half)
     except RuntimeError as error:  # it says no more than that
         raise OSError(
-            f"{folder}: OpenVINO cannot write there ({error}); see whether the disk is full"
+            f"{folder.name}: OpenVINO cannot write there ({error}); see whether the disk is full"
         ) from None
     facts = {"stride": metadata.stride, "names": dict(enumerate(metadata.names))}
     text = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
