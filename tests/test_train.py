@@ -634,6 +634,14 @@ def test_a_run_killed_before_it_has_saved_anything_says_how_to_start_it(
         train.main(["--resume", str(tmp_path / "runs/exp")])
 
 
+def test_what_prune_has_made_is_no_run_to_resume(tmp_path):
+    for name in ("opt.yaml", "pruned_model.pt"):
+        (tmp_path / name).touch()
+    words = r"a folder of prune.py, .* use --weights .*/pruned_model.pt --ft_pruned_model$"
+    with pytest.raises(ValueError, match=words):
+        train.main(["--resume", str(tmp_path)])
+
+
 @pytest.mark.parametrize("part", ["save_options", "save_checkpoint", "new_run_dir"])
 def test_there_is_a_run_folder_only_with_a_checkpoint(base, tmp_path, monkeypatch, part):
     """Killed while that works, or right after: nobody must clear away what cannot be resumed."""

@@ -84,9 +84,19 @@ def locate_weights(name: str | Path, root: Path) -> Path | None:
 
 
 def locate_checkpoint(path: Path, root: Path) -> Path:
-    """The file that `--resume` means by a file or a run folder, as typed or below `root`."""
+    """The file that `--resume` means by a file or a run folder, as typed or below `root`.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none; says what is there instead.
+    """
     path = path if path.exists() else root / path
-    if (path / "opt.yaml").is_file() and not (path / "weights/last.pt").exists():
+    pruned, has_trained = path / "pruned_model.pt", (path / "weights/last.pt").exists()
+    if pruned.is_file() and not has_trained:
+        raise ValueError(
+            f"--resume {path}: a folder of prune.py, there is no training to resume; to fine-tune "
+            f"the pruned model use --weights {pruned} --ft_pruned_model"
+        )
+    if (path / "opt.yaml").is_file() and not has_trained:
         raise FileNotFoundError(
             f"--resume {path}: the run ended before it had saved anything; start it anew, with the "
             f"options in {path / 'opt.yaml'}"
