@@ -6,7 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from utils.resume import command_to_resume, describe_change, is_same_training, summarize_data
+from utils.resume import (
+    command_to_resume,
+    describe_change,
+    is_same_training,
+    summarize_data,
+    without_own_folder,
+)
 from utils.run_dir import write_text_atomic
 from utils.scan import scan_split
 
@@ -133,3 +139,23 @@ def test_the_command_to_go_on_starts_as_many_processes(monkeypatch, case):
 def test_a_path_of_windows_can_be_typed_there(monkeypatch, folder, typed):
     monkeypatch.setattr("utils.resume.sys", SimpleNamespace(platform="win32"))
     assert command_to_resume(folder, "") == f"python train.py --resume {typed}"
+
+
+@pytest.mark.parametrize(
+    ("typed", "left"),
+    [
+        ({}, {}),
+        ({"exist_ok": True, "epochs": 9}, {"epochs"}),
+        ({"name": "renamed"}, {}),
+        ({"project": "moved", "name": "renamed", "exist_ok": True}, {}),
+        ({"project": ".", "name": "moved/renamed"}, {}),
+        ({"name": "exp2", "exist_ok": True}, {"name"}),
+        ({"project": "elsewhere", "name": "renamed"}, {"project", "name"}),
+        ({"project": "."}, {"project"}),
+    ],
+)
+def test_options_that_lead_to_the_folder_of_the_run_are_no_change(
+    tmp_path, monkeypatch, typed, left
+):
+    monkeypatch.chdir(tmp_path)
+    assert without_own_folder(typed, tmp_path / "moved/renamed").keys() == set(left)

@@ -1740,8 +1740,9 @@ def test_a_damaged_training_state_is_one_line(base, tmp_path, monkeypatch):
 
 def test_resume_takes_what_is_typed_also_a_default(base, tmp_path, monkeypatch):
     train_until(monkeypatch, 0, [*base, "--epochs", "2"])
-    last = str(tmp_path / "runs/exp/weights/last.pt")
-    for typed, expected in (([], 0), (["--workers", "8"], 8)):
+    (tmp_path / "runs/exp").rename(tmp_path / "moved")
+    last, place = str(tmp_path / "moved/weights/last.pt"), ["--name", "moved", "--exist-ok"]
+    for typed, expected in (([], 0), (["--workers", "8"], 8), (place, 0)):
         options, given = train.parse_args(["--resume", last, *typed])
         assert train.find_resumed(options, given, train.ROOT).options.workers == expected
 

@@ -126,7 +126,8 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
     if "teacher" in given and bool(options.teacher) != bool(merged.teacher):
         has = "learns from one" if merged.teacher else "has none"
         raise ValueError(f"--teacher {options.teacher or repr('')}: the run to resume {has}")
-    refuse_changes(path, vars(merged), {name: getattr(options, name) for name in given})
+    typed = {name: getattr(options, name) for name in given}
+    refuse_changes(path, vars(merged), without_own_folder(typed, run_dir))
     for name in sorted(given & RESUME_FLAGS - {"resume"}):
         before, now = getattr(merged, name), getattr(options, name)
         if before != now:
@@ -140,6 +141,13 @@ def find_resumed(options: argparse.Namespace, given: set[str], root: Path) -> Re
     batches = f", after {state['batches']} of its batches" if state.get("batches") else ""
     LOGGER.info("resuming %s in epoch %d%s", run_dir, state["epoch"] + 1, batches)
     return Resumed(path, content, run_dir, merged)
+
+
+def without_own_folder(typed: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Less the options that lead to the folder of the run, wherever it was when the run began."""
+    place = expand_home(typed.get("project", run_dir.parent)) / typed.get("name", run_dir.name)
+    harmless = {"exist_ok", *(("project", "name") if place.resolve() == run_dir else ())}
+    return {name: value for name, value in typed.items() if name not in harmless}
 
 
 def refuse_changes(path: Path, before: Mapping[str, Any], given: Mapping[str, Any]) -> None:
