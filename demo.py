@@ -9,6 +9,11 @@ table of the stages is in runs/demo/exp*: stages.txt, stages.csv, stages.png.
 
 from __future__ import annotations
 
+from utils.stopping import end_at_ctrl_c
+
+if __name__ == "__main__":
+    end_at_ctrl_c()  # from here on, as an import can lose it
+
 from utils.flags.answer import answer_early
 from utils.flags.demo import parse_args
 

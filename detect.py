@@ -11,6 +11,11 @@ Results are in runs/detect/exp*: pictures and videos with boxes, labels, crops.
 
 from __future__ import annotations
 
+from utils.stopping import end_at_ctrl_c
+
+if __name__ == "__main__":
+    end_at_ctrl_c()  # from here on, as an import can lose it
+
 from utils.flags.answer import answer_early
 from utils.flags.detect import parse_args
 

@@ -13,6 +13,11 @@ those of requirements-export.txt.
 
 from __future__ import annotations
 
+from utils.stopping import end_at_ctrl_c
+
+if __name__ == "__main__":
+    end_at_ctrl_c()  # from here on, as an import can lose it
+
 from utils.flags.answer import answer_early
 from utils.flags.export import THROUGH_ONNX, parse_args
 

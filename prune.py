@@ -16,6 +16,11 @@ report.html, report.json, pictures; of a sweep sweep.csv and sweep.png.
 
 from __future__ import annotations
 
+from utils.stopping import end_at_ctrl_c
+
+if __name__ == "__main__":
+    end_at_ctrl_c()  # from here on, as an import can lose it
+
 from utils.flags.answer import answer_early
 from utils.flags.prune import AMOUNTS, DEFAULT_RECALIBRATION, parse_args
 

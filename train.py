@@ -15,6 +15,11 @@ Results are in runs/train/exp*: weights/best.pt and last.pt, results.csv, pictur
 
 from __future__ import annotations
 
+from utils.stopping import end_at_ctrl_c
+
+if __name__ == "__main__":
+    end_at_ctrl_c()  # from here on, as an import can lose it
+
 from utils.flags.answer import answer_early
 from utils.flags.train import parse_args
 

@@ -12,6 +12,11 @@ Results are in runs/val/exp*: results.json, curves, confusion matrix, pictures.
 
 from __future__ import annotations
 
+from utils.stopping import end_at_ctrl_c
+
+if __name__ == "__main__":
+    end_at_ctrl_c()  # from here on, as an import can lose it
+
 from utils.flags.answer import answer_early
 from utils.flags.val import IMGSZ, STUDY_SIZES, parse_args
 

@@ -18,6 +18,7 @@ WITHOUT_SIBLINGS = {"utils/atomic.py", "utils/boxes.py", "utils/config.py", "uti
 # What is loaded before a command line is read: the standard library and each other.
 LIGHT = {"utils/choices.py", "utils/command.py", "utils/device_text.py", "utils/pruning/targets.py"}
 LIGHT |= {"utils/lasting_output.py", "utils/lookup.py", "utils/regular_file.py"}
+LIGHT |= {"utils/stopping.py"}
 LIGHT |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "utils/flags").glob("*.py")}
 LIGHT |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "utils").rglob("__init__.py")}
 # `from models import load_model` is what users type; models/__init__.py looks this one name up in
@@ -119,15 +120,18 @@ def test_what_a_command_line_needs_imports_nothing_heavy(source):
 
 @pytest.mark.parametrize("source", sorted(path.name for path in ROOT.glob("*.py")))
 def test_scripts_read_the_command_line_before_they_import_the_rest(source):
-    """Docstring, light imports, and `if __name__ == "__main__": answer_early(...)`."""
-    _, *before, guard = itertools.takewhile(
+    """Docstring, then light imports and two calls, the first of them as early as can be."""
+    _, *first = itertools.takewhile(
         lambda node: not isinstance(node, ast.Import), _tree(source).body
     )
-    light = ["__future__", "utils.flags.answer", f"utils.flags.{source[:-3]}"]
-    assert [type(node) for node in before] == [ast.ImportFrom] * 3
-    assert [node.module for node in before] == light
-    assert isinstance(guard, ast.If)
-    assert ast.unparse(guard) == "if __name__ == '__main__':\n    answer_early(parse_args, __doc__)"
+    begin, answer = [node for node in first if isinstance(node, ast.If)]
+    light = ["__future__", "utils.stopping", "utils.flags.answer", f"utils.flags.{source[:-3]}"]
+    imports = [node for node in first if isinstance(node, ast.ImportFrom)]
+    assert [node.module for node in imports] == light
+    assert first == [*imports[:2], begin, *imports[2:], answer]
+    is_script = "if __name__ == '__main__':\n    "
+    assert ast.unparse(begin) == f"{is_script}end_at_ctrl_c()"
+    assert ast.unparse(answer) == f"{is_script}answer_early(parse_args, __doc__)"
 
 
 @pytest.mark.parametrize("source", sorted(path.name for path in ROOT.glob("*.py")))

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,50 @@ def test_a_mistake_loads_nothing_heavy(command, message):
     assert errors.startswith(f"usage: {script}")
     assert errors.splitlines()[-1].startswith(f"{script}: error: ")
     assert message in errors.splitlines()[-1]
+
+
+# Runs a script that gets a Ctrl-C when it begins to import a module, in which it is lost.
+CTRL_C = """
+import contextlib, os, runpy, signal, sys
+_, module, handler, *sys.argv = sys.argv
+signal.signal(signal.SIGINT, getattr(signal, handler))
+class Finder:
+    def find_spec(name, *_):
+        if name == module:
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+            sys.exit("goes on")
+sys.meta_path.insert(0, Finder)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+COMMANDS = {
+    "train": ("--cfg", "yolov5n.yaml", "--weights", "", "--data", "data/bccd.yaml"),
+    "prune": ("--weights", "yolov5n.pt", "--percent", "0.5"),
+    "detect": ("--source", "tests"),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends a process there")
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("module", "handler", "end"),
+    [
+        ("utils.flags.answer", "default_int_handler", (-signal.SIGINT, "")),
+        ("torch", "default_int_handler", (-signal.SIGINT, "")),
+        ("torch", "SIG_IGN", (1, "goes on\n")),  # as in the background, or with nohup
+    ],
+)
+def test_ctrl_c_is_not_lost_in_an_import(script, module, handler, end):
+    """Where Python code of a library calls C code that does, it was, and half a library is left."""
+    words = [f"{script}.py", *COMMANDS.get(script, ())]
+    done = subprocess.run(
+        [sys.executable, "-c", CTRL_C, module, handler, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == end
+    assert done.stdout == ""
 
 
 WEIGHTS = "yolov5n.pt"  # a released name is not looked for any further

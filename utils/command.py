@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable
 
 from utils.lasting_output import lasting_output
+from utils.stopping import heeding_ctrl_c
 
 # What to do about an error of the system.
 REMEDIES = {
@@ -67,7 +68,7 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
     logging.setLogRecordFactory(PrintableRecord)
     check_torch()
     try:
-        with lasting_output():
+        with lasting_output(), heeding_ctrl_c():
             main()
     except OSError as error:
         raise SystemExit(f"error: {printable(describe_os_error(error))}") from None

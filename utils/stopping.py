@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TypeVar
 
@@ -19,6 +19,29 @@ PASSED_ON = 0.5  # seconds within which a signal that comes again is the same on
 
 class Stopped(Exception):
     """The run was asked to end, and stands where it can be saved."""
+
+
+def end_at_ctrl_c() -> None:
+    """Until a command begins, Ctrl-C ends the program at once and without a word.
+
+    A KeyboardInterrupt can be lost while a library is imported, which is half loaded then.
+    What the caller has told the program to ignore stays ignored.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def heeding_ctrl_c() -> Iterator[None]:
+    """Within the block, the whole of a command, Ctrl-C is a KeyboardInterrupt again."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if before is not None:  # set by other than Python
+            signal.signal(signal.SIGINT, before)
 
 
 class StopRequest:
