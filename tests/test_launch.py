@@ -12,6 +12,7 @@ import pytest
 
 from utils import launch as launching
 from utils.launch import launch
+from utils.ranks import SEARCH
 
 # What a process does; those that wait leave at SIGTERM, as one that has saved, or are deaf to it.
 BEGIN = "import os, signal, sys, time; open(os.environ['RANK'], 'w').close()"
@@ -81,6 +82,35 @@ class Ending:
 
     def terminate(self):
         self.looks = 0
+
+
+class Listening(Ending):
+    """One that runs until it has been sent a signal, and a few looks more."""
+
+    def __init__(self):
+        super().__init__(143, 1000)
+        self.heard = []
+
+    def send_signal(self, number):
+        self.heard.append(number)
+        self.looks = 3
+
+    def terminate(self):
+        pass
+
+
+def test_processes_of_a_search_that_was_killed_are_told_to_end(monkeypatch):
+    monkeypatch.setenv(SEARCH, str(os.getpid()))  # which is not the parent of this process
+    processes = [Listening(), Listening()]
+    assert launching._wait(processes, []) == 143
+    assert [process.heard for process in processes] == [[signal.SIGTERM]] * 2
+
+
+def test_processes_are_not_those_of_the_search(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(SEARCH, str(os.getppid()))
+    knows_none = f"assert {SEARCH!r} not in os.environ"
+    assert launch(processes([knows_none], [knows_none]), 2) == 0
 
 
 @pytest.mark.parametrize(

@@ -2104,8 +2104,9 @@ def test_dense_weights_with_the_flag_are_refused(base, tiny_spec, tmp_path):
 def trains_here(monkeypatch):
     """The trainings of a search run in this process, which has loaded torch."""
 
-    def call(command):
+    def call(command, env):
         assert command[:2] == [sys.executable, train.__file__]
+        assert env[ranks.SEARCH] == str(os.getpid())
         train.main(command[2:])
         return 0
 
@@ -2128,6 +2129,15 @@ def test_evolve_trains_keeps_score_and_goes_on(base, tmp_path, caplog, trains_he
     assert load_hyperparameters(folder / "hyp_evolved.yaml") == best.hyp
     assert list((folder / "generation/weights").iterdir())
     assert "generation 2 of 2: fitness" in caplog.text
+
+
+def test_a_training_whose_search_was_killed_saves_and_ends(base, tmp_path, monkeypatch):
+    monkeypatch.setenv(ranks.SEARCH, str(os.getpid()))  # which is not its parent
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*base, "--epochs", "2", "--nosave"])
+    assert stopped.value.code == 143
+    state = load_checkpoint(tmp_path / "runs/exp/weights/last.pt")["training"]
+    assert (state["epoch"], state["batches"]) == (-1, 1)
 
 
 @pytest.mark.slow
@@ -2168,7 +2178,7 @@ def test_only_numbers_that_run_away_count_against_hyperparameters(
     base, tmp_path, monkeypatch, status, fitnesses
 ):
     statuses = [0, status, 0]
-    monkeypatch.setattr(subprocess, "call", lambda _: statuses.pop(0))
+    monkeypatch.setattr(subprocess, "call", lambda *_, **__: statuses.pop(0))
     figures = {"metrics/mAP_0.5": [0.5], "metrics/mAP_0.5:0.95": [0.5]}
     monkeypatch.setattr("utils.training.search.read_results", lambda _: figures)
     command = [*base, "--name", "search", "--exist-ok", "--evolve", "3"]

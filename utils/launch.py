@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch.distributed import TCPStore
 
+from utils.ranks import SEARCH, is_orphan
 from utils.stopping import SIGNALS
 
 GRACE = 20.0  # seconds to end for the others, once one has failed
@@ -20,7 +21,8 @@ GLANCE = 0.1  # seconds between two looks at them
 def launch(command: Sequence[str], count: int) -> int:
     """Run the command `count` times, as processes of one training.
 
-    Signals that would end this process are passed on, and the processes decide when they end.
+    Signals that would end this process are passed on, and the processes decide when they end. They
+    are told so too when a search has gone that this process works for.
 
     Returns:
         The exit status of the first that failed; 0 if none did.
@@ -37,6 +39,7 @@ def launch(command: Sequence[str], count: int) -> int:
         "LOCAL_WORLD_SIZE": str(count),
     }
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **shared}
+    environment.pop(SEARCH, None)  # they are parts of this process, which is one of the search
     processes: list[subprocess.Popen[bytes]] = []
     asked: list[int] = []
 
@@ -63,8 +66,11 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], asked: list[int]) -> int
     Signals that come to be in `asked` are passed on here alone, so that each process gets them
     once: a second Ctrl-C ends a training without saving it.
     """
-    code, deadline = 0, float("inf")
+    code, deadline, is_alone = 0, float("inf"), False
     while None in (codes := [process.poll() for process in processes]):
+        if not is_alone and is_orphan():
+            is_alone = True
+            asked.append(signal.SIGTERM)
         while asked:
             number = asked.pop(0)
             for process in processes:

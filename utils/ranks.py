@@ -26,6 +26,7 @@ T = TypeVar("T")
 # While the first process scans millions of files, judges or draws, the others wait.
 PATIENCE = datetime.timedelta(days=1)
 PARENT = os.getppid()
+SEARCH = "YOLOV5_SLIM_SEARCH"  # in the environment of its trainings: the process that searches
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)  # who chose one can use those before
 LOST = "another process of this training has ended"
 
@@ -154,7 +155,9 @@ def _told_status() -> int:
 
 
 def is_orphan() -> bool:
-    """Whether what started the processes has gone, and could not end them."""
+    """Whether what started this process for its own work has gone, and could not end it."""
+    if SEARCH in os.environ:
+        return os.getppid() != int(os.environ[SEARCH])
     return (is_connected() or "TORCHELASTIC_RUN_ID" in os.environ) and os.getppid() != PARENT
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from utils.downloads import PROJECT_ROOT
 from utils.evolve import Score, evolve, keep_options
 from utils.lookup import find_config
 from utils.metrics import fitness
+from utils.ranks import SEARCH
 from utils.run_dir import new_run_dir, read_results, save_options
 
 LOGGER = logging.getLogger(__name__)
@@ -31,12 +33,14 @@ def search_hyperparameters(
     # One validation at the end is enough, unless the training itself needs them.
     flags += ["--nosave"] if {"image_weights", "patience"} & given else ["--nosave", "--noval"]
 
+    # By this they see that they are alone. Windows would never say so.
+    searching = {SEARCH: str(os.getpid())} if os.name == "posix" else {}
     again = f"the same command with --name {folder.name} --exist-ok goes on"
 
     def train_once(hyp: Hyperparameters, number: int) -> Score:
         path = folder / "hyp.yaml"
         save_options(path, hyp.to_dict())
-        status = subprocess.call([*command, *flags, "--hyp", str(path)])
+        status = subprocess.call([*command, *flags, "--hyp", str(path)], env=os.environ | searching)
         if status == NOT_FINITE and number > 0:
             LOGGER.warning("warning: generation %d failed and counts as fitness 0", number + 1)
             return Score(0.0, 0.0, 0.0)
