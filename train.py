@@ -49,7 +49,7 @@ from utils.finite import Reading, check_finite
 from utils.launch import launch
 from utils.optim import set_step
 from utils.resume import Resumed, find_resumed, naming_damage, summarize_data, summarize_teacher
-from utils.run_dir import ResultsCsv
+from utils.run_dir import ResultsCsv, check_run_dir
 from utils.stopping import Stopped
 from utils.training.inputs import (
     check_processes,
@@ -106,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ranks.connected():
         resumed = ranks.from_first(lambda: find_resumed(options, given, ROOT))
         options = resumed.options if resumed else options
+        if not resumed:  # now, as it is made when all is ready
+            ranks.from_first(lambda: check_run_dir(options.project, options.name, options.exist_ok))
         device = devices.select_device(options.device)
         if len(gpu_indices(options.device)) > devices.world_size() == 1:
             return launch_processes(options, resumed, command)

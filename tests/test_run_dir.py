@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import yaml
 
-from utils.run_dir import ResultsCsv, new_run_dir, open_run_dir, read_results, save_options
+from utils.run_dir import (
+    ResultsCsv,
+    check_run_dir,
+    new_run_dir,
+    open_run_dir,
+    read_results,
+    save_options,
+)
 
 
 @pytest.mark.parametrize(
@@ -128,18 +135,42 @@ def test_new_run_dir_errors_name_the_reason(tmp_path):
         new_run_dir(tmp_path / "file")
 
 
+@pytest.mark.parametrize("make", [new_run_dir, check_run_dir])
 @pytest.mark.parametrize("name", [".", "..", "a/..", "/"])
-def test_a_name_that_names_no_folder_is_refused(tmp_path, name):
+def test_a_name_that_names_no_folder_is_refused(tmp_path, make, name):
     with pytest.raises(ValueError, match=f"--name {name}: expected the name of a folder"):
-        new_run_dir(tmp_path, name)
+        make(tmp_path, name)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("make", [new_run_dir, check_run_dir])
 @pytest.mark.parametrize("project", ["file", "file/a/b"])
-def test_a_file_in_the_way_is_named(tmp_path, project):
+def test_a_file_in_the_way_is_named(tmp_path, make, project):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=f"cannot write to .*{project}/exp: .*/file is no folder"):
-        new_run_dir(tmp_path / project)
+        make(tmp_path / project)
+
+
+@pytest.mark.parametrize(
+    ("name", "exist_ok", "tried"),
+    [("exp", False, "runs"), ("exp", True, "runs/exp"), ("new", True, "runs"), ("a/b", False, ".")],
+)
+def test_where_a_run_folder_cannot_be_made_is_seen_without_making_one(
+    tmp_path, monkeypatch, name, exist_ok, tried
+):
+    (tmp_path / "runs/exp").mkdir(parents=True)
+    project = tmp_path / ("runs" if "/" not in name else "absent")
+    before = sorted(tmp_path.rglob("*"))
+    check_run_dir(project, name, exist_ok)
+    assert sorted(tmp_path.rglob("*")) == before
+
+    def refuse(dir):
+        assert dir == tmp_path / tried
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+
+    monkeypatch.setattr("utils.run_dir.tempfile.TemporaryFile", refuse)
+    with pytest.raises(OSError, match=f"cannot write to {project / name}: Permission denied; see"):
+        check_run_dir(project, name, exist_ok)
 
 
 @pytest.mark.parametrize(

@@ -2077,6 +2077,14 @@ def test_what_is_not_there_is_named(base, tmp_path, flags, error, words):
     assert not list(tmp_path.rglob("opt.yaml")), "a run folder before all was seen to be there"
 
 
+def test_a_folder_that_cannot_be_made_is_named_before_images_are_scanned(base, tiny_dataset):
+    project = tiny_dataset.yaml / "runs"  # below a file
+    before = sorted(tiny_dataset.root.rglob("*"))
+    with pytest.raises(OSError, match=r"cannot write to .*/runs/exp: .*tiny.yaml is no folder"):
+        train.main([*base, "--project", str(project)])
+    assert sorted(tiny_dataset.root.rglob("*")) == before
+
+
 def test_a_precision_that_the_best_device_lacks_is_refused_before_anything_is_read(
     base, monkeypatch, tmp_path
 ):

@@ -91,20 +91,47 @@ def new_run_dir(
         OSError: the folder cannot be made or written to (no permission, a file is in the way), or
             `fill` says why it does not.
     """
-    if not name.strip():
-        raise ValueError("a run needs a name; --name is empty")
-    first = expand_home(project) / name
-    if Path(name).name in ("", ".."):
-        raise ValueError(f"--name {name}: expected the name of a folder to make in {project}")
-    try:
+    first = _first_run_dir(project, name)
+    with _naming(first):
         if fill is not None and not (exist_ok and first.exists()):
             return _fill_run_dir(first, exist_ok, fill)
         run_dir = _make_run_dir(first, exist_ok)
-        with tempfile.TemporaryFile(dir=run_dir):  # now, not after hours of work
-            pass
+        _try_to_write(run_dir)  # now, not after hours of work
         if fill is not None:
             fill(run_dir)
         return run_dir
+
+
+def check_run_dir(project: str | Path, name: str = "exp", exist_ok: bool = False) -> None:
+    """See whether `new_run_dir` could make a folder, as far as that shows without making one.
+
+    Raises:
+        ValueError, OSError: as `new_run_dir` does.
+    """
+    first = _first_run_dir(project, name)
+    with _naming(first):
+        parts = (first, *first.parents) if exist_ok else first.parents
+        _try_to_write(next(part for part in parts if part.exists()))
+
+
+def _first_run_dir(project: str | Path, name: str) -> Path:
+    if not name.strip():
+        raise ValueError("a run needs a name; --name is empty")
+    if Path(name).name in ("", ".."):
+        raise ValueError(f"--name {name}: expected the name of a folder to make in {project}")
+    return expand_home(project) / name
+
+
+def _try_to_write(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextmanager
+def _naming(first: Path) -> Iterator[None]:
+    """An error within the block says which folder cannot be written to."""
+    try:
+        yield
     except OSError as error:
         if error.errno is None:  # another run is at work there: it is all said
             raise
