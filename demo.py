@@ -39,7 +39,7 @@ from utils.metrics import fitness
 from utils.plots.figures import draw
 from utils.plots.pruning import plot_stage_table
 from utils.profile import compare_latency, count_gflops, count_parameters
-from utils.run_dir import new_run_dir, read_results, write_text_atomic
+from utils.run_dir import open_run_dir, read_results, write_text_atomic
 
 ROOT = Path(__file__).resolve().parent
 
@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if Path.cwd() != ROOT:
         raise SystemExit(f"the commands are meant for the project's folder: cd {ROOT}")
     started = time.perf_counter()
-    run_dir = new_run_dir(options.project, "exp")
-    stages = list_stages(options, run_dir)
-    for number, stage in enumerate(stages, 1):
-        run_stage(number, stage)
+    with open_run_dir(options.project, "exp") as run_dir:
+        stages = list_stages(options, run_dir)
+        for number, stage in enumerate(stages, 1):
+            run_stage(number, stage)
     rows = measure_stages(stages, options)
     device = describe_device(select_device(options.device))
     title = f"{Path(options.cfg).stem} on {Path(options.data).stem}, {options.imgsz} px, {device}"

@@ -47,6 +47,7 @@ from utils.pipeline import DetectionSettings, Pipeline, check_half
 from utils.plots.images import annotate
 from utils.run_dir import open_run_dir, save_options
 from utils.sources import Frame, FrameReader, Sources, describe_address, find_sources
+from utils.stopping import cause_of
 from utils.video_writer import VideoWriter
 from utils.window import check_display, show
 from utils.yolo_text import write_text
@@ -116,8 +117,8 @@ def detect(
                 title = f"{Path(frame.origin).name} (q ends)"
                 if not show(title, picture, wait=frame.number is None):
                     break
-    except KeyboardInterrupt:
-        if not is_live:
+    except KeyboardInterrupt as error:
+        if not is_live or cause_of(error) != signal.SIGINT:
             raise
         LOGGER.info("\nstopped by Ctrl-C")
     finally:
@@ -273,6 +274,4 @@ def print_summary(
 
 
 if __name__ == "__main__":
-    # What `timeout` and `docker stop` send ends a run as Ctrl-C does: with a video that plays.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

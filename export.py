@@ -27,7 +27,6 @@ if __name__ == "__main__":
 import argparse
 import itertools
 import logging
-import signal
 import sys
 import tempfile
 import time
@@ -342,6 +341,4 @@ def size_mb(path: Path) -> float:
 
 
 if __name__ == "__main__":
-    # What `timeout` and `docker stop` send ends a run as Ctrl-C does: nothing is left behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

@@ -317,6 +317,5 @@ def is_look_due(device: torch.device, index: int) -> bool:
 if __name__ == "__main__":
     run_command(
         main,
-        "interrupted; if the run has saved anything, train.py --resume <run folder> goes on from "
-        "there",
+        "if the run has saved anything, train.py --resume <run folder> goes on from there",
     )

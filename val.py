@@ -27,7 +27,6 @@ import argparse
 import csv
 import json
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -453,6 +452,4 @@ def study(
 
 
 if __name__ == "__main__":
-    # What `timeout` and `docker stop` send ends a run as Ctrl-C does: nothing is left behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

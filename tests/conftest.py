@@ -24,11 +24,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from utils import heap
+from utils.stopping import SIGNALS
 
 # What a test imports must not report that, from forks of this process: see `import_runtime`.
 sys.modules["openvino_telemetry"] = None
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
+
+HEEDED = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 
 cv2.setNumThreads(1)
 # What runs in the background, or under nohup, starts deaf to these, and so do its children.
@@ -194,6 +197,15 @@ def fork_server():
     multiprocessing.forkserver._forkserver._stop()
 
 
+@pytest.fixture(autouse=True)
+def _heed_signals_as_before():
+    """What a command that has ended leaves to its process is not left to the next test."""
+    handlers = {cause: signal.getsignal(cause) for cause in HEEDED}
+    yield
+    for cause, handler in handlers.items():
+        signal.signal(cause, handler)
+
+
 class Ended(NamedTuple):
     """How a command ended, and what it said; logging goes to `caplog`."""
 
@@ -209,7 +221,6 @@ def run_script(monkeypatch, capfd):
     def run(name: str, *arguments: object) -> Ended:
         path = PROJECT_ROOT / name
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-        handlers = {cause: signal.getsignal(cause) for cause in (signal.SIGINT, signal.SIGTERM)}
         capfd.readouterr()
         code = 0
         try:
@@ -218,9 +229,6 @@ def run_script(monkeypatch, capfd):
             code = 1 if isinstance(stop.code, str) else stop.code or 0
             if isinstance(stop.code, str):
                 print(stop.code, file=sys.stderr)
-        finally:
-            for cause, handler in handlers.items():
-                signal.signal(cause, handler)
         return Ended(code, *capfd.readouterr())
 
     return run

@@ -107,8 +107,6 @@ def start(case: tuple[str, str], flags: dict[str, Any]) -> tuple[int, int]:
     epochs = ["--epochs", "1" if how == "end" else "1000"] if command == "train" else []
     name = ["--name", f"{command} {how}"]
     script = {"train": train, "val": val}[command]
-    if command == "val":  # as it does itself
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(lambda: script.main([*flags[command], *epochs, *name]))
     sys.exit(0)  # as a program ends, and not by os._exit
 

@@ -2,7 +2,9 @@ import errno
 import importlib
 import io
 import logging
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -203,9 +205,59 @@ def test_interruption(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as caught:
-        run_command(main, "interrupted; go on with --resume")
+        run_command(main, "go on with --resume")
     assert caught.value.code == 130
-    assert "--resume" in capsys.readouterr().out
+    assert capsys.readouterr().out == "\ninterrupted; go on with --resume\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends a process there")
+@pytest.mark.parametrize(
+    ("name", "code", "word"),
+    [
+        ("SIGINT", 130, "interrupted"),
+        ("SIGTERM", 143, "ended by SIGTERM"),
+        ("SIGHUP", 129, "ended by SIGHUP"),
+    ],
+)
+def test_signals_end_a_command_in_one_line(capsys, name, code, word):
+    number = signal.Signals[name]
+    before, tidied = signal.getsignal(number), []
+
+    def main():
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            tidied.append(name)
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    assert caught.value.code == code
+    assert capsys.readouterr() == (f"\n{word}\n", "")
+    assert tidied == [name]
+    assert signal.getsignal(number) is before
+
+
+def test_a_terminal_that_has_gone_changes_no_exit_status(pytestconfig):
+    program = (
+        "import os, signal\n"
+        "from utils.command import run_command\n"
+        "run_command(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+    )
+    shell = f'set -o pipefail; "{sys.executable}" -c "$0" | true'
+    ended = subprocess.run(
+        ["bash", "-c", shell, program], cwd=pytestconfig.rootpath, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (143, "")
+
+
+def test_one_of_several_processes_ends_at_once(monkeypatch):
+    """It may wait for the others where Python hears of no signal."""
+    monkeypatch.setenv("RANK", "1")
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+    run_command(lambda: seen.extend(map(signal.getsignal, (signal.SIGTERM, signal.SIGINT))))
+    assert seen[0] is before
+    assert seen[1] is not signal.default_int_handler
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")

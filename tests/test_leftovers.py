@@ -52,8 +52,6 @@ def test_nothing_is_left_of_a_command_that_ends(
         expected = {"end": 0, "error": 1}.get(how)
         if expected is None:
             number = signal.Signals[how.partition(" ")[0]]
-            if command == "val" and number == signal.SIGTERM:
-                number = signal.SIGINT  # for val.py it is the same
             # What can save or say something first ends with the status that shells know.
             expected = -number if number == signal.SIGKILL else 128 + number
         assert found["code"] == expected, (command, how)

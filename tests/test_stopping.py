@@ -2,11 +2,47 @@
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from utils.stopping import StopRequest
+
+ROOT = Path(__file__).resolve().parents[1]
+unix = pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends a process there")
+
+
+# What each command calls once it has begun; of prune.py and demo.py once they have a run folder.
+BEGUN = {
+    "train.py --data data/bccd.yaml": "utils.device.select_device",
+    "val.py": "utils.device.select_device",
+    "prune.py --weights yolov5n.pt --percent 0.5": "utils.downloads.find_weights",
+    "detect.py --source docs/pictures": "utils.device.select_device",
+    "export.py": "utils.device.select_device",
+    "demo.py": "subprocess.call",
+}
+
+
+@unix
+@pytest.mark.parametrize("command", BEGUN)
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_every_command_ends_in_one_line(run_script, monkeypatch, tmp_path, command, name, code):
+    def end(*_, **__):
+        os.kill(os.getpid(), signal.Signals[name])
+        pytest.fail("it goes on")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(BEGUN[command], end)
+    words = command.split()
+    if words[0] != "export.py":
+        words += ["--project", str(tmp_path / "runs")]
+    ended = run_script(*words)
+    assert (ended.returncode, ended.stderr) == (code, "")
+    line = ended.stdout.splitlines()[-1]
+    assert line.partition(";")[0] == f"ended by {name}"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_signal_is_noted_and_the_old_handler_comes_back(capfd):

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable
 
 from utils.lasting_output import lasting_output
-from utils.stopping import heeding_ctrl_c
+from utils.stopping import cause_of, describe_interruption, heeding_signals
 
 # What to do about an error of the system.
 REMEDIES = {
@@ -50,7 +50,7 @@ GPU_IS_FULL = (
 NOT_FINITE = 3  # exit status of a run whose numbers ran away, which is no fault of its surroundings
 
 
-def run_command(main: Callable[[], None], when_interrupted: str = "interrupted") -> None:
+def run_command(main: Callable[[], None], advice: str = "") -> None:
     """Call the main function of a script; problems of users become one line and exit status 1.
 
     That of a FloatingPointError is `NOT_FINITE`.
@@ -60,7 +60,8 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
     Args:
         main: raises OSError, ValueError, FloatingPointError or MemoryError, with a message for
             users.
-        when_interrupted: said after Ctrl-C, with exit status 130.
+        advice: what is said after Ctrl-C, or another signal that asks to end, besides that; the
+            exit status is 130, or what shells know for that signal.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not what a terminal cannot show ends a run
@@ -68,8 +69,8 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
     logging.setLogRecordFactory(PrintableRecord)
     check_torch()
     try:
-        with lasting_output(), heeding_ctrl_c():
-            main()
+        with lasting_output():
+            _call(main, advice)
     except OSError as error:
         raise SystemExit(f"error: {printable(describe_os_error(error))}") from None
     except FloatingPointError as error:
@@ -86,9 +87,16 @@ def run_command(main: Callable[[], None], when_interrupted: str = "interrupted")
         if not isinstance(error, ValueError | MemoryError):
             raise
         raise SystemExit(f"error: {printable(str(error))}") from None
-    except KeyboardInterrupt:
-        print(f"\n{when_interrupted}")
-        raise SystemExit(130) from None
+
+
+def _call(main: Callable[[], None], advice: str) -> None:
+    """Until it ends, or is asked to."""
+    try:
+        with heeding_signals():
+            main()
+    except KeyboardInterrupt as error:
+        print(f"\n{describe_interruption(error)}{advice and f'; {advice}'}", flush=True)
+        raise SystemExit(128 + cause_of(error)) from None
 
 
 def check_torch() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, distributed
 
 from utils import device as devices
 from utils.command import NOT_FINITE
+from utils.stopping import cause_of
 
 LOGGER = logging.getLogger(__name__)
 
@@ -68,10 +69,10 @@ def connected() -> Iterator[None]:
     except SystemExit:
         _leave()
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if devices.rank() == 0:
             raise
-        raise SystemExit(130) from None
+        raise SystemExit(128 + cause_of(error)) from None
     except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
         if is_lost_connection(error):
             status = _told_status()

@@ -31,17 +31,48 @@ def end_at_ctrl_c() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or another signal that asks to end: what has begun is tidied up in the same way."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
 @contextmanager
-def heeding_ctrl_c() -> Iterator[None]:
-    """Within the block, the whole of a command, Ctrl-C is a KeyboardInterrupt again."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def heeding_signals() -> Iterator[None]:
+    """Within the block, the whole of a command, signals that would end it raise `Interrupted`.
+
+    What the caller has told the program to ignore stays ignored. One of several processes heeds
+    Ctrl-C alone, and ends at once by the others: it may wait for the rest of them in a library,
+    where Python hears of no signal.
+    """
+    heeded = SIGNALS[:1] if "RANK" in os.environ else SIGNALS
+    numbers = [getattr(signal, name) for name in heeded if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    changed = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    for number in changed:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        if before is not None:  # set by other than Python
-            signal.signal(signal.SIGINT, before)
+        for number, handler in changed.items():
+            signal.signal(number, handler)
+
+
+def cause_of(error: KeyboardInterrupt) -> signal.Signals:
+    """The signal that asked to end."""
+    return error.signal if isinstance(error, Interrupted) else signal.SIGINT
+
+
+def describe_interruption(error: KeyboardInterrupt) -> str:
+    """What has happened, in a word or three."""
+    cause = cause_of(error)
+    return "interrupted" if cause == signal.SIGINT else f"ended by {cause.name}"
 
 
 class StopRequest:

@@ -6,7 +6,6 @@ import argparse
 import logging
 import math
 import os
-import signal
 import subprocess
 from collections.abc import Sequence
 
@@ -18,6 +17,7 @@ from utils.lookup import find_config
 from utils.metrics import fitness
 from utils.ranks import SEARCH
 from utils.run_dir import new_run_dir, read_results, save_options
+from utils.stopping import cause_of, describe_interruption
 
 LOGGER = logging.getLogger(__name__)
 
@@ -52,14 +52,11 @@ def search_hyperparameters(
         pairs = zip(results["metrics/mAP_0.5"], results["metrics/mAP_0.5:0.95"], strict=True)
         return max(Score(fitness(*pair), *pair) for pair in pairs if not math.isnan(pair[0]))
 
-    # Asked to end, it ends the training of the moment too, as Ctrl-C does: that would go on alone.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         best = evolve(folder, seed_hyp, options.evolve, train_once, options.seed)
-    except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; {again}") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except KeyboardInterrupt as error:  # it has ended the training of the moment too
+        LOGGER.info("\n%s; %s", describe_interruption(error), again)
+        raise SystemExit(128 + cause_of(error)) from None
     LOGGER.info(
         "the best generation is number %d, fitness %.4f: %s; %s, with more generations in all",
         best.number + 1, best.score.fitness, folder / "hyp_evolved.yaml", again,
