@@ -30,7 +30,6 @@ def main() -> None:
     source, target = map(Path, sys.argv[1:])  # commands change sys.argv
     commands = json.loads(source.read_text(encoding="utf-8"))
     save_time()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore Ctrl-C
     results = []
     for words in commands:
         if "--resume" in words:
@@ -74,6 +73,8 @@ def run(words: list[str]) -> dict:
 def execute(words: list[str]) -> int:
     """The exit status of `python FILE ...`, `python -m MODULE ...` or `python -c PROGRAM`."""
     _, first, *rest = words
+    # Background jobs ignore Ctrl-C, and so does what ends after one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if first == "-c":
             exec(compile(rest[0], "<program>", "exec"), {"__name__": "__main__"})

@@ -4,14 +4,54 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from utils.stopping import StopRequest
+from utils.stopping import Interrupted, StopRequest, heeding_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 unix = pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends a process there")
+
+
+@unix
+def test_a_second_signal_does_not_disturb_what_is_tidied_up():
+    tidied = []
+
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+                tidied.append(number)
+
+    with pytest.raises(Interrupted) as caught, heeding_signals():
+        work()
+    assert caught.value.signal == signal.SIGINT
+    assert len(tidied) == 2
+
+
+@unix
+def test_a_signal_that_a_library_has_lost_can_be_sent_again():
+    with heeding_signals():
+        for _ in range(3):
+            with suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                pytest.fail("it goes on")
+
+
+@unix
+@pytest.mark.parametrize(
+    ("error", "is_ignored"), [(KeyboardInterrupt, True), (SystemExit, True), (ValueError, False)]
+)
+def test_ctrl_c_does_not_disturb_the_end_of_an_interrupted_program(error, is_ignored):
+    """SystemExit is that of a training that has saved; other errors may leave what hangs."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(error), heeding_signals():
+        raise error
+    assert signal.getsignal(signal.SIGINT) == (signal.SIG_IGN if is_ignored else before)
 
 
 # What each command calls once it has begun; of prune.py and demo.py once they have a run folder.

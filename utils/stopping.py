@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -46,19 +47,33 @@ def heeding_signals() -> Iterator[None]:
     What the caller has told the program to ignore stays ignored. One of several processes heeds
     Ctrl-C alone, and ends at once by the others: it may wait for the rest of them in a library,
     where Python hears of no signal.
+
+    What comes while an `Interrupted` is on its way out does not disturb what is tidied up there,
+    nor does Ctrl-C what Python tidies up after a block that one, or SystemExit, has ended.
     """
     heeded = SIGNALS[:1] if "RANK" in os.environ else SIGNALS
     numbers = [getattr(signal, name) for name in heeded if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     changed = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
 
+    last: list[weakref.ref[Interrupted]] = []  # dead once it has arrived, or a library has lost it
+
+    def remembered(error: Interrupted) -> Interrupted:
+        last[:] = [weakref.ref(error)]
+        return error
+
     def interrupt(number: int, _: FrameType | None) -> None:
-        raise Interrupted(number)
+        if not last or last[0]() is None:
+            raise remembered(Interrupted(number))
 
     for number in changed:
         signal.signal(number, interrupt)
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):
+        if signal.SIGINT in changed:
+            changed[signal.SIGINT] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in changed.items():
             signal.signal(number, handler)
