@@ -1,7 +1,9 @@
 """Output that nobody reads any more ends nothing."""
 
 import os
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,38 @@ def test_other_errors_are_errors_at_the_end(monkeypatch):
             work()
         assert caught.value.filename == "standard output"
         assert steps == [0, 1, 2], "a full disk costs the log, not the run"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("buffering", [1, -1])
+@pytest.mark.parametrize(("code", "error"), [(None, OSError), (0, OSError), (143, SystemExit)])
+def test_what_ends_well_by_itself_has_said_all(monkeypatch, buffering, code, error):
+    """As argparse does after help."""
+
+    def work():
+        with lasting_output():
+            print("usage")
+            raise SystemExit(code)
+
+    with suppress(OSError), Path("/dev/full").open("w", buffering=buffering) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(error):
+            work()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_help_that_is_lost_is_an_error(pytestconfig):
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "train.py", "--help"],
+            cwd=pytestconfig.rootpath,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: standard output: No space left on device; free some")
+    assert ended.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")

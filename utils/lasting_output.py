@@ -28,11 +28,20 @@ def lasting_output() -> Iterator[None]:
         # None: closed before we began, which others do not expect.
         output, errors = _Lasting(sys.stdout or nowhere), _Lasting(sys.stderr or nowhere)
         with redirect_stdout(output), redirect_stderr(errors):
-            yield
-        for name, stream in (("standard output", output), ("standard error", errors)):
-            stream.flush()
-            if stream.lost is not None:
-                raise OSError(stream.lost.errno, stream.lost.strerror, name)
+            try:
+                yield
+            except SystemExit as end:
+                if not end.code:  # as after `--help`
+                    _check(output, errors)
+                raise
+            _check(output, errors)
+
+
+def _check(output: _Lasting, errors: _Lasting) -> None:
+    for name, stream in (("standard output", output), ("standard error", errors)):
+        stream.flush()
+        if stream.lost is not None:
+            raise OSError(stream.lost.errno, stream.lost.strerror, name)
 
 
 class _Lasting:
