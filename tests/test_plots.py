@@ -55,6 +55,41 @@ def test_plots_need_no_display_and_no_pyplot():
     assert result.stdout.strip() == "False"
 
 
+DRAW = {
+    "figure": "figures.save_note('words', out)",
+    "picture": "images.plot_batch(numpy.zeros((1, 3, 64, 64), 'uint8'), numpy.array("
+    "[[0, 0, 0.5, 0.5, 0.5, 0.5]]), ['a.jpg'], ['disc'], out)",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere home is told in other ways")
+@pytest.mark.parametrize("kind", DRAW)
+@pytest.mark.parametrize("has_home", [False, True])
+def test_matplotlib_does_without_a_home_in_silence(tmp_path, kind, has_home):
+    code = f"""
+import sys, numpy
+from utils.plots import figures, images
+out = sys.argv[1]
+{DRAW[kind]}
+"""
+    home = tmp_path / "home" if has_home else Path("/proc/nobody")  # where not even root can write
+    if has_home:
+        (home / ".config/matplotlib").mkdir(parents=True)
+    (tmp_path / "temporary").mkdir()
+    environment = {"HOME": str(home), "TMPDIR": str(tmp_path / "temporary")}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out.png")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert _is_picture(tmp_path / "out.png", 2)
+    assert not list((tmp_path / "temporary").iterdir())
+    assert (home / ".cache/matplotlib").exists() == (has_home and kind == "figure")
+
+
 # Names as files and yaml keys can hold them: formulas, line breaks, marks of other kinds.
 HOSTILE_NAMES = ("a$^$", "$", "two\nlines", "tab\tand\x00", "_hidden", "\udcff", "x" * 400)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import colorsys
 import logging
+import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,8 +64,22 @@ def class_colour(cls: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
+def prepare_matplotlib() -> None:
+    """Give it a temporary folder, before it is imported, if there is no home to keep its files in.
+
+    It would take one itself, but not without three lines of warning.
+    """
+    home = os.path.expanduser("~")  # noqa: PTH111 (Path.home fails where nothing names one)
+    has_place = {"MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"} & os.environ.keys()
+    if not has_place and not os.access(home, os.W_OK):
+        folder = tempfile.mkdtemp(prefix="matplotlib-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["MPLCONFIGDIR"] = folder
+
+
 def new_figure(width: float, height: float) -> Figure:
     """Inches."""
+    prepare_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.plots.figures import as_numpy, class_colour, printable
+from utils.plots.figures import as_numpy, class_colour, prepare_matplotlib, printable
 
 _MANY_BOXES = 12  # of more in an image, names and frames are drawn finer
 _PAIR_WIDTH = 1920  # pixels of both pictures together, and of one in height
@@ -152,6 +152,7 @@ def _fit(text: str, font: ImageFont.FreeTypeFont, width: int, tail: str) -> str:
 @lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib ships."""
+    prepare_matplotlib()
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
