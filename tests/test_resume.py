@@ -1,6 +1,7 @@
 """What has changed since an interrupted run was saved."""
 
 import os
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,9 @@ from utils.resume import (
 )
 from utils.run_dir import write_text_atomic
 from utils.scan import scan_split
+from utils.training.run import Run
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def summary(dataset):
@@ -121,11 +125,36 @@ def test_the_command_to_go_on_starts_as_many_processes(monkeypatch, case):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     if job:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
-    monkeypatch.setattr("utils.resume.sys", SimpleNamespace(platform="linux"))
+    monkeypatch.setattr("utils.resume.sys", SimpleNamespace(platform="linux", argv=["train.py"]))
     assert command_to_resume(Path("my run"), device, "--batch-size", "4") == command
-    monkeypatch.setattr("utils.resume.sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr("utils.resume.sys", SimpleNamespace(platform="win32", argv=["train.py"]))
     quoted = command.replace("'", '"')
     assert command_to_resume(Path("my run"), device, "--batch-size", "4") == quoted
+
+
+@pytest.mark.parametrize(
+    ("typed", "script"),
+    [
+        ("train.py", "train.py"),
+        ("../a project/train.py", "'../a project/train.py'"),
+        ("/usr/bin/pytest", shlex.quote(str(ROOT / "train.py"))),  # a program that calls it
+        ("-c", shlex.quote(str(ROOT / "train.py"))),
+    ],
+)
+def test_the_script_is_named_as_it_was_typed(monkeypatch, typed, script):
+    monkeypatch.setattr("utils.resume.sys", SimpleNamespace(platform="linux", argv=[typed]))
+    assert command_to_resume(Path("/run"), "") == f"python {script} --resume /run"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert command_to_resume(Path("/run"), "").endswith(f"2 {script} --resume /run")
+
+
+def test_a_run_is_named_so_that_it_is_found_from_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = SimpleNamespace(dir=Path("runs/exp"), options=SimpleNamespace(device=""))
+    command = Run.command_to_resume(run, "--workers", "0")
+    assert Path("runs/exp").absolute() in map(Path, shlex.split(command))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +166,7 @@ def test_the_command_to_go_on_starts_as_many_processes(monkeypatch, case):
     ],
 )
 def test_a_path_of_windows_can_be_typed_there(monkeypatch, folder, typed):
-    monkeypatch.setattr("utils.resume.sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr("utils.resume.sys", SimpleNamespace(platform="win32", argv=["train.py"]))
     assert command_to_resume(folder, "") == f"python train.py --resume {typed}"
 
 

@@ -25,7 +25,7 @@ from utils.claim import claim, find_claimed
 from utils.command import is_out_of_memory
 from utils.config import Hyperparameters, load_yaml
 from utils.device_text import gpu_indices
-from utils.flags.checks import flag_of
+from utils.flags.checks import ROOT, flag_of
 from utils.flags.train import RESUME_FLAGS, parse_saved
 from utils.lookup import expand_home, locate_checkpoint
 from utils.run_dir import REPLACED, to_plain
@@ -33,6 +33,7 @@ from utils.scan import Split
 
 LOGGER = logging.getLogger(__name__)
 
+SCRIPT = "train.py"
 PATHS = ("weights", "teacher", "cfg", "data", "hyp")  # options
 
 # What every version has written for a run to go on from, and what it must be.
@@ -56,23 +57,25 @@ class Resumed(NamedTuple):
 
 
 def command_to_resume(run_dir: Path, device: str, *flags: str) -> str:
-    """What to type in a shell to go on with as many processes as there are now.
+    """What to type in a shell, where this was, to go on with as many processes as there are now.
 
     Args:
-        run_dir: of the run.
+        run_dir: of the run, as it is to be typed.
         device: its `--device`; one process is started for each of several GPUs.
         flags: added to the command.
     """
     count, local = devices.world_size(), devices.local_world_size()
-    start, is_ours = ["python", "train.py"], "TORCHELASTIC_RUN_ID" not in os.environ
+    typed, is_ours = sys.argv[0], "TORCHELASTIC_RUN_ID" not in os.environ
+    script = typed if Path(typed).name == SCRIPT else str(ROOT / SCRIPT)  # of another program
+    start = ["python", script]
     if is_ours and count == len(gpu_indices(device)) > 1:
         start += ["--device", device]
     elif count == local > 1:
-        start = ["torchrun", "--standalone", "--nproc_per_node", str(local), "train.py"]
+        start = ["torchrun", "--standalone", "--nproc_per_node", str(local), script]
     elif count > 1:
         nodes = ["--nnodes", str(count // local), "--nproc_per_node", str(local)]
         meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:PORT"]
-        start = ["torchrun", *nodes, *meeting, "train.py"]
+        start = ["torchrun", *nodes, *meeting, script]
     command = [*start, "--resume", str(run_dir), *flags]
     return subprocess.list2cmdline(command) if sys.platform == "win32" else shlex.join(command)
 

@@ -91,7 +91,7 @@ class Run:
 
     def command_to_resume(self, *flags: str) -> str:
         """What to type to go on with this run, and with these flags."""
-        return command_to_resume(self.dir, self.options.device, *flags)
+        return command_to_resume(self.dir.absolute(), self.options.device, *flags)
 
     def go_alone(self) -> None:
         """From here on this process must not wait for others: they may be elsewhere."""
