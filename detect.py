@@ -25,7 +25,6 @@ if __name__ == "__main__":
 import argparse
 import logging
 import math
-import signal
 import sys
 import time
 from collections import Counter
@@ -47,7 +46,7 @@ from utils.pipeline import DetectionSettings, Pipeline, check_half
 from utils.plots.images import annotate
 from utils.run_dir import open_run_dir, save_options
 from utils.sources import Frame, FrameReader, Sources, describe_address, find_sources
-from utils.stopping import cause_of
+from utils.stopping import describe_interruption
 from utils.video_writer import VideoWriter
 from utils.window import check_display, show
 from utils.yolo_text import write_text
@@ -118,9 +117,9 @@ def detect(
                 if not show(title, picture, wait=frame.number is None):
                     break
     except KeyboardInterrupt as error:
-        if not is_live or cause_of(error) != signal.SIGINT:
+        if not is_live:
             raise
-        LOGGER.info("\nstopped by Ctrl-C")
+        LOGGER.info("\n%s", describe_interruption(error))
     finally:
         frames.close()
         results.close()
