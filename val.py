@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from models import Model
+from utils import heap
 from utils.atomic import name_in_errors
 from utils.backends import ExportedNetwork, is_exported
 from utils.backends import load_network as load_exported
@@ -90,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     device = select_device(options.device)
     precision = select_precision(options.half, device)
+    if device.type == "cpu":
+        heap.keep_large_blocks()
     LOGGER.info("device %s, %s", describe_device(device), str(precision).removeprefix("torch."))
     data = load_data(options)
     models = {weights: load_network(weights, data, options, device) for weights in options.weights}
