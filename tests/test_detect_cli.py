@@ -1,4 +1,5 @@
 import itertools
+import re
 import subprocess
 import sys
 import time
@@ -437,7 +438,7 @@ def test_passwords_are_kept_from_files(run, monkeypatch):
     with serve(mjpeg_handler([[100] * 5])) as address:
         run_dir = run(address.replace("://", "://me:secret@") + "?key=hidden", "--save-txt")
     saved = (run_dir / "opt.yaml").read_text() + " ".join(files_of(run_dir))
-    assert "stream_1.txt" in saved
+    assert re.search(r"stream_\d\.txt", saved)  # the newest of five frames, or more of them
     assert "secret" not in saved
     assert "hidden" not in saved
 

@@ -67,7 +67,6 @@ def test_torch_lists_what_it_always_did():
         ("aten.upsample_bilinear2d_backward", True),
         ("aten.upsample_nearest2d_backward", False),
         ("aten.nll_loss2d_forward", True),
-        ("aten.embedding_dense_backward", True),
         ("aten.grid_sampler_2d", True),
         ("aten.index_put_", True),
         ("aten.index", False),
