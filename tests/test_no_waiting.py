@@ -41,7 +41,7 @@ class Done(Exception):
     "read", [torch.Tensor.item, torch.Tensor.cpu, torch.nonzero, lambda x: x[x > 0]]
 )
 def test_this_device_cannot_be_read(read):
-    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)meta"):
         read(torch.ones(2, device=META)[:1])
 
 

@@ -88,7 +88,7 @@ def new_figure(width: float, height: float) -> Figure:
 def save_figure(figure: Figure, out: str | Path) -> None:
     """At a size that screens show in full."""
     with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        warnings.filterwarnings("ignore", "Glyph .* missing from (current )?font")
         figure.savefig(out, dpi=110)
 
 
