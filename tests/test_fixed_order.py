@@ -3,6 +3,7 @@
 No GPU is needed: torch lists such operators, and which of them a run uses a CPU tells too.
 """
 
+import inspect
 import re
 from pathlib import Path
 
@@ -29,8 +30,8 @@ OPERATORS = {
 
 def listed_names():
     """Of the functions and modules that torch lists, those for CUDA, as `conv2d`."""
-    text = torch.use_deterministic_algorithms.__doc__
-    entries = re.findall(r"^        \* (:\w+:`.*?)(?=^        \* |^ {0,4}\S)", text, re.M | re.S)
+    text = inspect.cleandoc(torch.use_deterministic_algorithms.__doc__)  # as Python 3.13 has it
+    entries = re.findall(r"^    \* (:\w+:`.*?)(?=^    \* |^\S)", text, re.M | re.S)
     names = set()
     for entry in entries:
         if "CUDA" in entry or not re.search("MPS|CPU|quantized", entry):
