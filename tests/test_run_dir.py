@@ -12,6 +12,7 @@ import yaml
 from utils.run_dir import (
     ResultsCsv,
     check_run_dir,
+    forget_replaced,
     new_run_dir,
     open_run_dir,
     read_results,
@@ -311,3 +312,11 @@ def test_results_csv_is_whole_after_a_kill(tmp_path):
         assert [int(row["epoch"]) for row in rows] == list(range(len(rows)))
         assert len(rows) > last_seen
         assert all(float(row["b"]) >= 0 for row in rows)
+
+
+@pytest.mark.parametrize("is_run", [False, True])
+def test_only_a_run_that_was_replaced_is_forgotten(tmp_path, is_run):
+    (tmp_path / "replaced").mkdir()
+    (tmp_path / "replaced" / ("opt.yaml" if is_run else "notes.txt")).touch()
+    forget_replaced(tmp_path)
+    assert (tmp_path / "replaced").exists() == (not is_run)

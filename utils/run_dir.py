@@ -223,8 +223,12 @@ def replace_run(run_dir: Path, new: Path) -> None:
 
 
 def forget_replaced(run_dir: Path) -> None:
-    """Let go of the run that was in the folder before: the new one has learnt something."""
-    shutil.rmtree(run_dir / REPLACED, ignore_errors=True)
+    """Let go of the run that was in the folder before: the new one has learnt something.
+
+    What else is called so, and holds no run, is not ours.
+    """
+    if (run_dir / REPLACED / OPTIONS).is_file():
+        shutil.rmtree(run_dir / REPLACED, ignore_errors=True)
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
